@@ -1,0 +1,426 @@
+"""Sparsity by magnitude while the model trains, on an unmodified LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lit_compress.callbacks import tracking
+from lit_compress.callbacks.requirements import refuse_nan_loss, refuse_sharded_strategy
+from lit_compress.callbacks.run_clock import current_moment, run_length
+from lit_compress.callbacks.weight_averages import AverageWatch, averaged_modules
+from lit_compress.compress.layers import (
+    LayerType,
+    Selection,
+    plain_name,
+    select_weights,
+)
+from lit_compress.compress.masked_weights import MaskedWeights
+from lit_compress.compress.patterns import NofM, parse_pattern
+from lit_compress.compress.schedules import Ramp, Schedule
+from lit_compress.compress.sparsity import allocate_zeros, check_sparsity
+
+__all__ = ["MagnitudeSparsity"]
+
+
+class MagnitudeSparsity(pl.Callback):
+    """Sets the weights of least magnitude to zero, more and more of them, during ``Trainer.fit``.
+
+    Gradual magnitude pruning (Zhu & Gupta 2017, section 3): at each update of the schedule the
+    masks are chosen anew by magnitude, on the weights that are there and on the last values of
+    those that were removed, so that a weight can come back until the schedule ends. At the end
+    exactly ``round(final_sparsity * N)`` of the N selected weights are zero, whatever the update
+    frequency, and they stay zero.
+
+    The LightningModule is not changed: masks lie in this callback, weights in the checkpoint have
+    their usual names, and a checkpoint opens without this library. Interrupted runs resume exactly.
+    Gradients of removed weights are zeroed before clipping, so that they do not count in the norm.
+    Under manual optimization a step is a training batch.
+
+    Logged to every logger at each update: ``sparsity/total``, ``sparsity/scheduled`` and
+    ``sparsity/layer/<name>``. ``sparsity`` is also in ``trainer.callback_metrics`` at the end of
+    each epoch, for ``ModelCheckpoint`` and the progress bar.
+
+    Args:
+        final_sparsity: Zeros / weights at the end of the schedule, in [0, 1). Or a mapping from
+            name patterns of layers (``*`` and ``?``) to the sparsity of each; the first pattern
+            that matches a layer counts, and layers that none matches stay dense.
+        initial_sparsity: Zeros / weights at the begin of the schedule, in [0, final_sparsity].
+        schedule: When the sparsity moves from initial to final.
+        allocation: How a single ``final_sparsity`` is shared among layers: ``"uniform"`` (the
+            same for each), ``"global"`` (magnitudes are compared across layers) or
+            ``"heuristic"`` (larger layers sparser; PocketFlow's rule, clipped and re-normalised).
+        pattern: ``"unstructured"``; ``"2:4"`` and the like (2 of 4 consecutive input channels are
+            kept; quote it in YAML); or blocks such as ``"4x1"`` (4 output channels, 1 input).
+        layers: Name patterns of the layers to make sparse; all of ``layer_types`` by default.
+        ignored_layers: Name patterns of the layers to leave dense.
+        layer_types: Kinds of layers to make sparse, of ``"conv"``, ``"depthwise"``, ``"linear"``,
+            ``"attention"``, ``"recurrent"``, ``"embedding"``. Norms and biases never are.
+
+    Raises:
+        ValueError: At construction, if an argument is out of range or two of them disagree. When
+            the fit begins, if a name pattern matches no layer, no layer is left, or the
+            checkpoint that is resumed holds masks of another model. During the fit, if the loss
+            or a weight is NaN.
+        MisconfigurationException: When the fit begins, if the strategy shards parameters, the
+            schedule needs a run length that the Trainer does not know, or two callbacks mask the
+            same weight.
+
+    Example::
+
+        trainer = Trainer(max_epochs=10, callbacks=[MagnitudeSparsity(0.9)])
+        trainer.fit(model, datamodule)
+    """
+
+    changes_weights = True
+
+    def __init__(
+        self,
+        final_sparsity: float | dict[str, float],
+        initial_sparsity: float = 0.0,
+        schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
+        allocation: Literal["uniform", "global", "heuristic"] = "uniform",
+        pattern: str = "unstructured",
+        layers: Sequence[str] | None = None,
+        ignored_layers: Sequence[str] | None = None,
+        layer_types: Sequence[LayerType] = ("conv", "linear", "attention", "recurrent"),
+    ) -> None:
+        super().__init__()
+        _check_targets(final_sparsity, initial_sparsity, allocation, layers)
+        self.final_sparsity = final_sparsity
+        self.initial_sparsity = initial_sparsity
+        self.schedule = schedule
+        self.allocation = allocation
+        self.pattern = parse_pattern(pattern)
+        self.layers = list(final_sparsity) if isinstance(final_sparsity, Mapping) else layers
+        self.ignored_layers = ignored_layers
+        self.layer_types = layer_types
+        _check_pattern(final_sparsity, allocation, self.pattern)
+        for name in ("layers", "ignored_layers", "layer_types"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a single string; give a list of strings.")
+
+        self.ramp: Ramp | None = None
+        self.selection: Selection | None = None
+        self._weights: MaskedWeights | None = None
+        self._last_point: int | None = None
+        self._restored: dict[str, Any] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._watch: AverageWatch | None = None
+
+    # --- The run ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        if stage == "fit":
+            refuse_sharded_strategy(trainer, type(self).__name__)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the weights, fix the schedule, take over a checkpoint's masks, bind the hooks."""
+        self._unbind()
+        self.selection = select_weights(
+            pl_module,
+            layers=self.layers,
+            ignored_layers=self.ignored_layers,
+            layer_types=self.layer_types,
+            pattern=self.pattern,
+        )
+        rank_zero_info(f"{type(self).__name__}: {self.selection}")
+        named = {plain_name(name): p for name, p in pl_module.named_parameters()}
+        self._weights = MaskedWeights({n: named[n] for n in self.selection.names}, self.pattern)
+        self._refuse_shared_weights(trainer)
+        self._start_or_resume(trainer)
+        self._bind(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The update that is due before the first step, if the schedule begins there."""
+        self._update_if_due(trainer, pl_module)
+
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """Stop before a NaN reaches the weights."""
+        refuse_nan_loss(loss, trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep removed weights out of the gradient norm.
+
+        Only clipping compares gradients across weights; elsewhere the pass is not worth its time.
+        """
+        if trainer.gradient_clip_val is not None or not pl_module.automatic_optimization:
+            self._active_weights.apply_to_gradients()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Update the masks where the schedule says so, before validation and checkpoints."""
+        self._update_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the sparsity known to ``ModelCheckpoint`` and the progress bar."""
+        pl_module.log("sparsity", self.sparsity, prog_bar=True, logger=False)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same, for checkpoints that are written when validation ends."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            pl_module.log("sparsity", self.sparsity, logger=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave exact zeros, and say so if the run ended before the schedule did."""
+        weights, ramp = self._active_weights, self._active_ramp
+        weights.clear()
+        if self._last_point is None or self._last_point < ramp.end:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended before {self.schedule.unit} {ramp.end}, "
+                f"where the schedule ends; the sparsity is {weights.sparsity():.4f} and not "
+                f"{self.final_sparsity}. Train longer, or end the schedule earlier."
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of optimizers and other callbacks."""
+        self._unbind()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of optimizers and other callbacks."""
+        self._unbind()
+
+    # --- Checkpoints ------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        return self._generate_state_key(
+            layers=None if self.layers is None else list(self.layers),
+            ignored_layers=None if self.ignored_layers is None else list(self.ignored_layers),
+            layer_types=list(self.layer_types),
+        )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store +0 for every removed weight: files with one kind of zero compress better."""
+        if self._weights is not None and self._handles:
+            self._weights.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, removed values and the schedule, as tensors and plain data."""
+        if self._weights is None:
+            return self._restored or {}
+        return {
+            "weights": self._weights.state_dict(),
+            "last_point": self._last_point,
+            "target": self._target,
+            "ramp": self._active_ramp.to_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the fit begins and the model's parameters are known."""
+        self._restored = state_dict or None
+
+    # --- Details ----------------------------------------------------------------------------------
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """The sparsity of each selected weight, by parameter name; empty before the first fit."""
+        return {} if self._weights is None else self._weights.sparsities()
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros / weights over all selected weights; 0 before the first fit."""
+        return 0.0 if self._weights is None else self._weights.sparsity()
+
+    @property
+    def _active_weights(self) -> MaskedWeights:
+        assert self._weights is not None, "on_fit_start has not run"
+        return self._weights
+
+    @property
+    def _active_ramp(self) -> Ramp:
+        assert self.ramp is not None, "on_fit_start has not run"
+        return self.ramp
+
+    def _start_or_resume(self, trainer: pl.Trainer) -> None:
+        state, self._restored = self._restored, None
+        if state is None:
+            self.ramp, self._last_point = self._resolve_schedule(trainer), None
+            return
+        self._active_weights.load_state_dict(state["weights"])
+        if state["target"] == self._target:
+            # The run keeps the moments it was started with, also when max_epochs has grown.
+            self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
+        else:
+            rank_zero_info(
+                f"{type(self).__name__}: the checkpoint was written under other arguments "
+                f"({state['target']}); its masks are taken over and the new schedule begins."
+            )
+            self._active_weights.reopen()
+            self.ramp, self._last_point = self._resolve_schedule(trainer), None
+
+    @property
+    def _target(self) -> str:
+        """What the run is to reach, to recognise a checkpoint of the same run."""
+        return (
+            f"final_sparsity={self.final_sparsity}, initial_sparsity={self.initial_sparsity}, "
+            f"allocation={self.allocation!r}, schedule={self.schedule}"
+        )
+
+    def _resolve_schedule(self, trainer: pl.Trainer) -> Ramp:
+        length = run_length(trainer, self.schedule.unit)
+        try:
+            ramp = self.schedule.resolve(length)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        if ramp.end > length:
+            rank_zero_warn(
+                f"{type(self).__name__}: the schedule ends at {self.schedule.unit} {ramp.end}, the "
+                f"run at {length}: it will not reach its final sparsity."
+            )
+        return ramp
+
+    def _refuse_shared_weights(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, MagnitudeSparsity) and other is not self and other._handles:
+                shared = self._active_weights.parameters.keys() & other._active_weights.parameters
+                if shared:
+                    raise MisconfigurationException(
+                        f"two MagnitudeSparsity callbacks mask {min(shared)!r}; give them disjoint "
+                        "layers."
+                    )
+
+    def _bind(self, trainer: pl.Trainer) -> None:
+        weights = self._active_weights
+        name_of = {id(p): name for name, p in weights.parameters.items()}
+        for optimizer in trainer.optimizers:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            names = [name_of[id(p)] for p in params if id(p) in name_of]
+            self._handles.append(
+                optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
+            )
+        self._watch = AverageWatch(trainer, self._mask_average)
+
+    def _unbind(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def _mask_average(self, average: nn.Module) -> None:
+        named = {plain_name(name): p for name, p in average.named_parameters()}
+        self._active_weights.apply_to_copy(named)
+
+    def _update_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ramp, weights = self._active_ramp, self._active_weights
+        point = ramp.update_point(current_moment(trainer, pl_module, self.schedule.unit))
+        if point is None or point == self._last_point or weights.is_settled:
+            return
+        scheduled = self._scheduled_sparsity(point)
+        num_zeros = allocate_zeros(weights.sizes, scheduled, self.allocation)
+        alone = trainer.world_size == 1
+        weights.update(num_zeros, None if alone else partial(_rank_zero_decides, trainer))
+        for average in averaged_modules(trainer):
+            self._mask_average(average)
+        self._last_point = point
+        if point == ramp.end:
+            weights.settle()
+        self._log(trainer, scheduled)
+
+    def _scheduled_sparsity(self, point: int) -> float | dict[str, float]:
+        ramp, initial = self._active_ramp, self.initial_sparsity
+        if not isinstance(self.final_sparsity, Mapping):
+            return ramp.value(point, initial, self.final_sparsity)
+        scheduled = {}
+        for name in self._active_weights.parameters:
+            layer = name.rpartition(".")[0]
+            final = next(v for glob, v in self.final_sparsity.items() if fnmatchcase(layer, glob))
+            scheduled[name] = ramp.value(point, initial, final)
+        return scheduled
+
+    def _log(self, trainer: pl.Trainer, scheduled: float | dict[str, float]) -> None:
+        if not trainer.loggers:
+            return
+        metrics = {"sparsity/total": self.sparsity}
+        if isinstance(scheduled, float):
+            metrics["sparsity/scheduled"] = scheduled
+        metrics |= {f"sparsity/layer/{name}": value for name, value in self.sparsities.items()}
+        tracking.log_metrics(trainer, metrics)
+
+
+def _rank_zero_decides(trainer: pl.Trainer, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    return trainer.strategy.broadcast(packed, src=0)
+
+
+def _check_targets(
+    final: float | dict[str, float],
+    initial: float,
+    allocation: str,
+    layers: Sequence[str] | None,
+) -> None:
+    if allocation not in ("uniform", "global", "heuristic"):
+        raise ValueError(
+            f"allocation is {allocation!r}, expected 'uniform', 'global' or 'heuristic'."
+        )
+    check_sparsity("initial_sparsity", initial)
+    targets = final if isinstance(final, Mapping) else {"": final}
+    if not targets:
+        raise ValueError(
+            "final_sparsity is an empty mapping; give at least one name pattern, as in "
+            "{'*.conv?': 0.8}, or a single number."
+        )
+    for glob, target in targets.items():
+        name = f"final_sparsity[{glob!r}]" if glob else "final_sparsity"
+        check_sparsity(name, target)
+        if target < initial:
+            raise ValueError(
+                f"{name} is {target}, below initial_sparsity={initial}; sparsity cannot fall "
+                "during a run. Give a smaller initial_sparsity."
+            )
+    if isinstance(final, Mapping) and layers is not None:
+        raise ValueError(
+            "final_sparsity is a mapping and layers is given too; the mapping's keys already name "
+            "the layers. Leave layers out."
+        )
+    if isinstance(final, Mapping) and allocation != "uniform":
+        raise ValueError(
+            f"final_sparsity is a mapping, which fixes every layer, and allocation={allocation!r} "
+            "is given too; leave allocation out or give a single final_sparsity."
+        )
+
+
+def _check_pattern(final: float | dict[str, float], allocation: str, pattern: Any) -> None:
+    if not isinstance(pattern, NofM):
+        return
+    targets = final.values() if isinstance(final, Mapping) else [final]
+    for target in targets:
+        if not math.isclose(target, pattern.max_sparsity, abs_tol=1e-6):
+            raise ValueError(
+                f"final_sparsity is {target}, but the pattern {pattern} is complete at exactly "
+                f"{pattern.max_sparsity:g} and of no use before; write "
+                f"final_sparsity={pattern.max_sparsity:g}."
+            )
+    if allocation == "heuristic":
+        raise ValueError(
+            f"the pattern {pattern} fixes the sparsity of every layer, allocation='heuristic' "
+            "would vary it; use allocation='uniform'."
+        )
