@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,10 +14,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lit_compress.callbacks import tracking
-from lit_compress.callbacks.requirements import refuse_nan_loss, refuse_sharded_strategy
+from lit_compress.callbacks.requirements import (
+    explain_unreadable_checkpoints,
+    refuse_nan_loss,
+    refuse_sharded_strategy,
+)
 from lit_compress.callbacks.run_clock import current_moment, run_length
 from lit_compress.callbacks.weight_averages import AverageWatch, averaged_modules
 from lit_compress.compress.layers import (
@@ -32,6 +35,13 @@ from lit_compress.compress.schedules import Ramp, Schedule
 from lit_compress.compress.sparsity import allocate_zeros, check_sparsity
 
 __all__ = ["MagnitudeSparsity"]
+
+
+class Removable(Protocol):
+    """What was bound to a run and is to be taken off again."""
+
+    def remove(self) -> None:
+        """Undo the binding."""
 
 
 class MagnitudeSparsity(pl.Callback):
@@ -116,8 +126,8 @@ class MagnitudeSparsity(pl.Callback):
         self._weights: MaskedWeights | None = None
         self._last_point: int | None = None
         self._restored: dict[str, Any] | None = None
-        self._handles: list[RemovableHandle] = []
-        self._watch: AverageWatch | None = None
+        self._bound: list[Removable] = []
+        self._masks_steps = False
 
     # --- The run ----------------------------------------------------------------------------------
 
@@ -125,6 +135,7 @@ class MagnitudeSparsity(pl.Callback):
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
             refuse_sharded_strategy(trainer, type(self).__name__)
+            self._bound.append(explain_unreadable_checkpoints(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights, fix the schedule, take over a checkpoint's masks, bind the hooks."""
@@ -219,7 +230,7 @@ class MagnitudeSparsity(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store +0 for every removed weight: files with one kind of zero compress better."""
-        if self._weights is not None and self._handles:
+        if self._weights is not None and self._masks_steps:
             self._weights.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,7 +310,7 @@ class MagnitudeSparsity(pl.Callback):
 
     def _refuse_shared_weights(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, MagnitudeSparsity) and other is not self and other._handles:
+            if isinstance(other, MagnitudeSparsity) and other is not self and other._masks_steps:
                 shared = self._active_weights.parameters.keys() & other._active_weights.parameters
                 if shared:
                     raise MisconfigurationException(
@@ -313,18 +324,17 @@ class MagnitudeSparsity(pl.Callback):
         for optimizer in trainer.optimizers:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             names = [name_of[id(p)] for p in params if id(p) in name_of]
-            self._handles.append(
+            self._bound.append(
                 optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
             )
-        self._watch = AverageWatch(trainer, self._mask_average)
+        self._bound.append(AverageWatch(trainer, self._mask_average))
+        self._masks_steps = True
 
     def _unbind(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        for removable in self._bound:
+            removable.remove()
+        self._bound.clear()
+        self._masks_steps = False
 
     def _mask_average(self, average: nn.Module) -> None:
         named = {plain_name(name): p for name, p in average.named_parameters()}
@@ -333,7 +343,9 @@ class MagnitudeSparsity(pl.Callback):
     def _update_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ramp, weights = self._active_ramp, self._active_weights
         point = ramp.update_point(current_moment(trainer, pl_module, self.schedule.unit))
-        if point is None or point == self._last_point or weights.is_settled:
+        if point is None or weights.is_settled:
+            return
+        if self._last_point is not None and point <= self._last_point:
             return
         scheduled = self._scheduled_sparsity(point)
         num_zeros = allocate_zeros(weights.sizes, scheduled, self.allocation)

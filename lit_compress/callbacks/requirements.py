@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-__all__ = ["refuse_nan_loss", "refuse_sharded_strategy"]
+from lit_compress.callbacks._method_wrapping import MethodWrapper
+
+__all__ = ["explain_unreadable_checkpoints", "refuse_nan_loss", "refuse_sharded_strategy"]
 
 
 def refuse_sharded_strategy(trainer: pl.Trainer, callback: str) -> None:
@@ -36,3 +42,37 @@ def refuse_nan_loss(loss: Tensor, trainer: pl.Trainer, name: str = "loss") -> No
             "weights changed, and the last checkpoint is intact. Look for a learning rate that is "
             "too high or for NaN in the batch, then resume from that checkpoint."
         )
+
+
+def explain_unreadable_checkpoints(trainer: pl.Trainer) -> MethodWrapper:
+    """Have the Trainer say what is wrong with a checkpoint that it cannot resume from.
+
+    Torch answers a truncated file with ``[Errno 22] Invalid argument`` or the like.
+
+    Returns:
+        The wrapper around ``trainer.strategy.load_checkpoint``; remove it when the fit begins.
+        Once it is in place, ``load_checkpoint`` raises ``ValueError`` if the file cannot be read
+        or holds no Lightning checkpoint; the file is only ever read.
+    """
+    return MethodWrapper(trainer.strategy, "load_checkpoint", _load_or_explain)
+
+
+def _load_or_explain(load: Callable[..., Any], checkpoint_path: Any, *args: Any, **kw: Any) -> Any:
+    try:
+        checkpoint = load(checkpoint_path, *args, **kw)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{checkpoint_path} cannot be read as a checkpoint ({error}). It is truncated, or no "
+            "file that torch.save wrote; it was left as it is. Resume from another checkpoint of "
+            "the run."
+        ) from error
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else checkpoint
+        raise ValueError(
+            f"{checkpoint_path} is no Lightning checkpoint: expected a mapping with 'state_dict', "
+            f"'epoch', 'global_step' and so on, found {str(found)[:200]}. To start from plain "
+            "weights, load them into the module instead of giving ckpt_path."
+        )
+    return checkpoint

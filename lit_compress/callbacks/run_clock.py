@@ -57,7 +57,10 @@ def current_moment(trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str
     """
     if unit == "epoch":
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        return trainer.current_epoch + (progress.is_last_batch and progress.current.ready > 0)
+        # Processed but not completed: inside of on_train_batch_end. A resumed run still has the
+        # progress of the batch after which it was saved when on_train_start asks.
+        in_batch_end = progress.current.processed > progress.current.completed
+        return trainer.current_epoch + (progress.is_last_batch and in_batch_end)
     if pl_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.total_batch_idx + 1

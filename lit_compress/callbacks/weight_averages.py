@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import nn
+
+from lit_compress.callbacks._method_wrapping import MethodWrapper
 
 __all__ = ["AverageWatch", "averaged_modules", "num_extra_epochs"]
 
@@ -48,32 +49,31 @@ class AverageWatch:
     """
 
     def __init__(self, trainer: pl.Trainer, after_update: Callable[[nn.Module], None]) -> None:
-        self._after_update = after_update
-        self._wrapped: list[Any] = []
+        self._wrappers: list[MethodWrapper] = []
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if averaged_module(callback) is not None:
-                self._wrap(callback)
-
-    def _wrap(self, callback: Callback) -> None:
-        # SWA updates by a method of its own, WeightAveraging by one of its AveragedModel.
-        owner: Any = callback
-        if isinstance(callback, WeightAveraging):
-            owner = callback._average_model
-        update = owner.update_parameters
-
-        @wraps(update)
-        def update_and_call(*args: Any, **kwargs: Any) -> None:
-            update(*args, **kwargs)
-            average = averaged_module(callback)
-            assert average is not None
-            self._after_update(average)
-
-        owner.update_parameters = update_and_call  # on the instance; the class stays as it is
-        self._wrapped.append(owner)
+            if averaged_module(callback) is None:
+                continue
+            # SWA updates by a method of its own, WeightAveraging by one of its AveragedModel.
+            weight_averaging = isinstance(callback, WeightAveraging)
+            owner = callback._average_model if weight_averaging else callback
+            around = partial(_update_then, partial(_with_average, callback, after_update))
+            self._wrappers.append(MethodWrapper(owner, "update_parameters", around))
 
     def remove(self) -> None:
         """Undo, leaving no trace on the callbacks."""
-        for owner in self._wrapped:
-            with suppress(AttributeError):
-                del owner.update_parameters
-        self._wrapped.clear()
+        for wrapper in self._wrappers:
+            wrapper.remove()
+        self._wrappers.clear()
+
+
+def _update_then(
+    then: Callable[[], None], update: Callable[..., None], *args: Any, **kwargs: Any
+) -> None:
+    update(*args, **kwargs)
+    then()
+
+
+def _with_average(callback: Callback, function: Callable[[nn.Module], None]) -> None:
+    average = averaged_module(callback)
+    assert average is not None
+    function(average)
