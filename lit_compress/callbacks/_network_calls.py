@@ -53,27 +53,34 @@ class NetworkCalls:
     def __init__(
         self, network: nn.Module, layers: Iterable[str] = (), requires_grad: bool = True
     ) -> None:
+        self._network = network
+        self._layers = {name: find_layer(network, name) for name in layers}
         self._requires_grad = requires_grad
         self._armed = False
         self._calls: list[NetworkCall] = []
         self._features: dict[str, list[Any]] = {}
         self._handles: list[_Removable] = []
-        modules = {plain_name(name): module for name, module in network.named_modules()}
-        watched = [(name, find_layer(modules, name, network)) for name in layers]
-        for name, layer in watched:
-            self._handles.append(layer.register_forward_hook(_LayerHook(self, name)))
-        if isinstance(network, LightningModule):
-            self._handles.append(MethodWrapper(network, "forward", self._around_forward))
-        else:
-            self._handles.append(network.register_forward_hook(self._on_call, with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NetworkCalls:
         # Hooks travel into copies of the network; there they find a recorder that never records.
-        inert: NetworkCalls = object.__new__(NetworkCalls)
-        inert._requires_grad = self._requires_grad
-        inert._armed = False
-        inert._calls, inert._features, inert._handles = [], {}, []
-        return inert
+        return NetworkCalls(nn.Identity())
+
+    @property
+    def description(self) -> str:
+        """The network in words."""
+        kind = type(self._network).__name__
+        own = isinstance(self._network, LightningModule)
+        return f"the forward of {kind}" if own else f"its network, a {kind},"
+
+    def install(self) -> None:
+        """Begin to watch the network."""
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(_LayerHook(self, name)))
+        if isinstance(self._network, LightningModule):
+            self._handles.append(MethodWrapper(self._network, "forward", self._around_forward))
+        else:
+            hook = self._network.register_forward_hook(self._on_call, with_kwargs=True)
+            self._handles.append(hook)
 
     @contextmanager
     def recording(self, armed: bool = True) -> Iterator[None]:
@@ -130,15 +137,48 @@ class _LayerHook:
         self._calls.keep_feature(self._name, output)
 
 
-def find_layer(modules: Mapping[str, nn.Module], name: str, network: nn.Module) -> nn.Module:
-    """The layer of that name, or an error that names the nearest ones."""
+def find_layer(module: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, wherever ``torch.compile`` has wrapped a part of the module.
+
+    Raises:
+        ValueError: If there is none; the nearest names are given.
+    """
+    modules: dict[str, nn.Module] = {
+        plain_name(known): layer for known, layer in module.named_modules()
+    }
     if name in modules:
         return modules[name]
     nearest = difflib.get_close_matches(name, list(modules), n=3, cutoff=0.5)
     known = nearest or [known for known in modules if known][:5]
     raise ValueError(
-        f"{name!r} is no module of {type(network).__name__}; "
+        f"{name!r} is no module of {type(module).__name__}; "
         f"{'the nearest are' if nearest else 'it has'} {', '.join(map(repr, known)) or 'none'}."
+    )
+
+
+def find_network(pl_module: LightningModule, name: str | None) -> nn.Module:
+    """The network of a LightningModule.
+
+    Args:
+        pl_module: The module to look into.
+        name: Dotted name of the network; by default the only child that holds all parameters, or
+            else the module itself.
+
+    Raises:
+        ValueError: If there is no module of that name.
+    """
+    if name is not None:
+        return find_layer(pl_module, name)
+    everything = set(pl_module.parameters())
+    complete = [child for child in pl_module.children() if set(child.parameters()) == everything]
+    return complete[0] if len(complete) == 1 and everything else pl_module
+
+
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Whether the module or a part of it runs through ``torch.compile``."""
+    return pl_module._compiler_ctx is not None or any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in pl_module.modules()
     )
 
 
@@ -164,5 +204,6 @@ def logits_of(output: Any) -> Tensor:
     raise ValueError(
         f"The network returned a {type(output).__name__}{held}, expected a tensor, a tuple whose "
         "first element is one, a mapping with the key 'logits' or an object with the attribute "
-        "'logits'. Name the part of the network that returns its logits, as in student='model.head'."
+        "'logits'. Name the part of the network that returns its logits, as in "
+        "student='model.head'."
     )

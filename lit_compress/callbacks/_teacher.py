@@ -38,6 +38,7 @@ class Teacher:
     def __init__(self, network: nn.Module, layers: Iterable[str] = ()) -> None:
         self.network = network.eval().requires_grad_(False)
         self._calls = NetworkCalls(network, layers, requires_grad=False)
+        self._calls.install()
 
     @torch.no_grad()
     def answer(self, call: NetworkCall) -> NetworkCall:
@@ -145,7 +146,7 @@ def digest(weights: Mapping[str, Any]) -> str:
         if isinstance(value, Tensor):
             data = value.detach().cpu().contiguous()
             sha.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-            sha.update(data.flatten().view(torch.uint8).numpy())
+            sha.update(data.flatten().view(torch.uint8).numpy().data)
         else:
             sha.update(f"{name} {value!r}\n".encode())
     return sha.hexdigest()
@@ -167,7 +168,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             "path of a checkpoint or a state dict."
         )
     try:
-        content = TorchCheckpointIO().load_checkpoint(path, map_location=_to_cpu, weights_only=True)
+        content = TorchCheckpointIO().load_checkpoint(
+            path, map_location=lambda storage, location: storage, weights_only=True
+        )
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever torch makes of a broken file
@@ -205,7 +208,8 @@ def load_weights(network: nn.Module, weights: Mapping[str, Any], source: str | P
         ValueError: If a weight is missing, has another shape, or is unknown to the network; the
             first of them is named.
     """
-    own = network.state_dict()
+    keys = {plain_name(key): key for key in network.state_dict()}
+    own = {plain_name(key): value for key, value in network.state_dict().items()}
     given = {plain_name(name): value for name, value in weights.items()}
     prefix = _common_prefix(list(own), list(given))
     given = {name[len(prefix) :]: v for name, v in given.items() if name.startswith(prefix)}
@@ -229,7 +233,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Any], source: str | P
         raise ValueError(
             f"{of} do not fit {type(network).__name__}: {unknown[0]!r} is unknown to it. {mend}"
         )
-    network.load_state_dict(given)
+    network.load_state_dict({keys[name]: value for name, value in given.items()})
 
 
 def _common_prefix(own: list[str], given: list[str]) -> str:
@@ -243,7 +247,3 @@ def _common_prefix(own: list[str], given: list[str]) -> str:
     return max(
         sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in known for name in own)
     )
-
-
-def _to_cpu(storage: Any, location: str) -> Any:
-    return storage

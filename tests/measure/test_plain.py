@@ -1,0 +1,83 @@
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_compress.measure.plain import from_plain, to_plain
+
+
+@dataclass(frozen=True)
+class Leaf:
+    label: str
+    number: int
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Tree:
+    leaves: tuple[Leaf, ...]
+    scores: Mapping[str, float]
+    best: Leaf | None = None
+    marks: tuple[int, ...] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+floats = st.floats(allow_nan=False)
+leaves = st.builds(Leaf, st.text(), st.integers(), st.none() | floats)
+trees = st.builds(
+    Tree,
+    st.lists(leaves, max_size=3).map(tuple),
+    st.dictionaries(st.text(), floats, max_size=3),
+    st.none() | leaves,
+    st.none() | st.lists(st.integers(), max_size=3).map(tuple),
+    st.dictionaries(st.text(), st.integers(), max_size=3),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(trees)
+def test_a_round_trip_through_json_is_equal(tree: Tree) -> None:
+    text = json.dumps(to_plain(tree), allow_nan=False)
+    assert from_plain(Tree, json.loads(text), "tree") == tree
+
+
+def test_nan_survives() -> None:
+    plain = to_plain(Leaf("x", 1, float("nan")))
+    assert plain["share"] == "nan"
+    back = from_plain(Leaf, plain, "leaf").share
+    assert back is not None
+    assert back != back
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"number": "1"}, r"tree.leaves\[0\].number is '1'; expected int"),
+        ({"number": True}, r"number is True; expected int"),
+        ({"number": None}, r"number is None; expected int"),
+        ({"share": "much"}, r"share is 'much'; expected float"),
+        ({"label": 3}, r"label is 3; expected str"),
+        ({"extra": 3}, r"tree.leaves\[0\] lacks nothing and has unknown \['extra'\]"),
+    ],
+)
+def test_wrong_values_are_refused_with_their_place(change: dict[str, Any], message: str) -> None:
+    leaf = {"label": "x", "number": 1, "share": 0.5, **change}
+    data = {"leaves": [leaf], "scores": {}, "best": None, "marks": None, "sizes": {}}
+    with pytest.raises(ValueError, match=message):
+        from_plain(Tree, data, "tree")
+
+
+def test_missing_fields_and_other_containers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"leaf lacks \['share'\] and has unknown nothing"):
+        from_plain(Leaf, {"label": "x", "number": 1}, "leaf")
+    with pytest.raises(ValueError, match=r"leaf is \[1\]; expected an object"):
+        from_plain(Leaf, [1], "leaf")
+    whole = {"leaves": {}, "scores": {}, "best": None, "marks": None, "sizes": {}}
+    with pytest.raises(ValueError, match=r"tree.leaves is \{\}; expected tuple"):
+        from_plain(Tree, whole, "tree")
+    with pytest.raises(ValueError, match=r"tree.scores is \[\]; expected Mapping"):
+        from_plain(Tree, {**whole, "leaves": [], "scores": []}, "tree")
