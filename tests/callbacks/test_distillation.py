@@ -7,7 +7,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -434,6 +439,25 @@ def test_weight_averaging_does_not_copy_the_teacher():
     teacher = Uncopied(*teacher_net())
     fit(seeded(), [EMAWeightAveraging(decay=0.9), Distillation(teacher)])
     fit(seeded(), [Distillation(teacher), EMAWeightAveraging(decay=0.9)])
+    fit(seeded(), [Distillation(teacher), StochasticWeightAveraging(0.1, 0.5)], max_epochs=4)
+
+
+@pytest.mark.parametrize("kind", [Net, InlineNet])
+def test_a_copy_taken_in_mid_fit_is_free_of_the_callback(kind):
+    class Copying(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            asked, copied = len(calls), copy.deepcopy(pl_module)
+            pl_module.zero_grad()
+            copied.training_step(batch, 0).backward()
+            assert all(p.grad is not None for p in copied.parameters())
+            assert all(p.grad is None for p in pl_module.parameters())
+            assert len(calls) == asked
+
+    teacher, calls = seeded(kind, seed=7), []
+    teacher = teacher.model if kind is Net else teacher
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    fit(seeded(kind), [Distillation(teacher), Copying()], limit_train_batches=2)
+    assert len(calls) == 4
 
 
 def test_validation_costs_no_teacher():
