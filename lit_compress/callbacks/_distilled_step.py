@@ -127,8 +127,9 @@ class DistilledStep:
         ]
         raise MisconfigurationException(
             f"{name}.training_step did not call {self._calls.description} with gradients enabled, "
-            f"so there is nothing to distil. Name the network it calls with student=, as one of "
-            f"{', '.join(children) or 'its modules'}, or call it through `self(...)`."
+            f"so there is nothing to distil. Name the network it calls with student=: "
+            f"{', '.join(children) or 'one of its modules'}, or '' for the module's own forward "
+            "when it is called as self(...)."
         )
 
     def _inspect(

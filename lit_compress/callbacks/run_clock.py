@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lit_compress.callbacks.weight_averages import num_extra_epochs
 
@@ -59,7 +61,8 @@ def current_moment(trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str
         progress = trainer.fit_loop.epoch_loop.batch_progress
         # Processed but not completed: inside of on_train_batch_end. A resumed run still has the
         # progress of the batch after which it was saved when on_train_start asks.
-        in_batch_end = progress.current.processed > progress.current.completed
+        current = cast(_ProcessedTracker, progress.current)
+        in_batch_end = current.processed > current.completed
         return trainer.current_epoch + (progress.is_last_batch and in_batch_end)
     if pl_module.automatic_optimization:
         return trainer.global_step

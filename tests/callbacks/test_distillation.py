@@ -255,17 +255,29 @@ def test_several_calls_in_a_step_are_averaged():
     assert same_weights(module, expected)
 
 
-@pytest.mark.parametrize("manual", [False, True])
-def test_recomputed_calls_do_not_count_twice(manual):
-    class Recomputing(ManualNet if manual else Net):
-        def forward(self, x):
-            return checkpointed(self.model, x, use_reentrant=False)
+class Recomputing(Net):
+    def forward(self, x):
+        return checkpointed(self.model, x, use_reentrant=False)
 
-    teacher = teacher_net()
-    calls = []
+
+class TwoBackwards(Recomputing, ManualNet):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        for view in (x, -x):
+            self.manual_backward(cross_entropy(self(view), y))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("kind", "calls_per_step"), [(Recomputing, 1), (TwoBackwards, 2)])
+def test_recomputed_calls_do_not_count_twice(kind, calls_per_step):
+    teacher, calls = teacher_net(), []
     teacher.register_forward_hook(lambda *_: calls.append(1))
-    fit(seeded(Recomputing), [Distillation(teacher)], limit_train_batches=3, max_epochs=1)
-    assert len(calls) == 3
+    callback = Distillation(teacher, features=FeatureMatching({"4": "4"}))
+    fit(seeded(kind), [callback], limit_train_batches=3, max_epochs=1)
+    assert len(calls) == 3 * calls_per_step
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -458,6 +470,19 @@ def test_a_copy_taken_in_mid_fit_is_free_of_the_callback(kind):
     teacher.register_forward_hook(lambda *_: calls.append(1))
     fit(seeded(kind), [Distillation(teacher), Copying()], limit_train_batches=2)
     assert len(calls) == 4
+
+
+def test_the_teacher_leaves_the_accelerator_when_the_fit_is_torn_down():
+    class Noting(nn.Sequential):
+        moved = 0
+
+        def cpu(self):
+            self.moved += 1
+            return super().cpu()
+
+    teacher = Noting(*teacher_net())
+    fit(seeded(), [Distillation(teacher)])
+    assert teacher.moved == 1
 
 
 def test_validation_costs_no_teacher():

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -62,7 +63,7 @@ def test_heuristic_meets_the_total_below_its_cap(sizes, sparsity):
         assert all(ratios[n] <= cap + 1e-12 for n in multi)
         by_size = sorted(multi, key=lambda n: sizes[n])
         assert all(
-            ratios[a] <= ratios[b] + 1e-12 for a, b in zip(by_size, by_size[1:], strict=False)
+            ratios[a] <= ratios[b] + 1e-12 for a, b in itertools.pairwise(by_size)
         )
 
 
