@@ -81,9 +81,7 @@ def measure(num_steps: int, num_warmup_steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
     y = torch.randint(0, 10, (BATCH_SIZE,))
-    data = TensorDataset(
-        x.repeat(num_warmup_steps, 1, 1, 1), y.repeat(num_warmup_steps)
-    )
+    data = TensorDataset(x.repeat(num_warmup_steps, 1, 1, 1), y.repeat(num_warmup_steps))
     teacher = resnet18(num_classes=10).eval()
 
     @torch.no_grad()
@@ -108,8 +106,7 @@ def measure(num_steps: int, num_warmup_steps: int) -> dict[str, Any]:
     plain = seconds["plain"]
     with_teacher = [a + b for a, b in zip(plain, seconds["teacher_forward"], strict=True)]
     updates = {
-        rule: ratio(seconds[f"sparsity_update_{rule}"], plain)
-        - ratio(seconds["sparsity"], plain)
+        rule: ratio(seconds[f"sparsity_update_{rule}"], plain) - ratio(seconds["sparsity"], plain)
         for rule in ("uniform", "global")
     }
     return {

@@ -6,10 +6,12 @@ drift together, so that the ratio of their medians can be trusted to a fraction 
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -140,12 +142,10 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import platform
-
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": pl.__version__,
+        "lightning": version("lightning"),
         "num_threads": torch.get_num_threads(),
         "processor": platform.machine(),
     }

@@ -179,7 +179,9 @@ def read_results() -> dict[str, Any]:
 
 def run_all(settings: Settings, workers: int, threads: int) -> None:
     """Train every point that is not in the results yet; write after each."""
-    done = read_results() if RESULTS.exists() else {"settings": asdict(settings), "points": []}
+    done: dict[str, Any] = {"settings": asdict(settings), "points": []}
+    if RESULTS.exists():
+        done = read_results()
     if done["settings"] != asdict(settings):
         raise SystemExit(f"{RESULTS} was made with other settings; move it away first.")
     finished = {Point(p["method"], p["sparsity"], p["seed"]) for p in done["points"]}
@@ -247,9 +249,11 @@ def check(results: dict[str, Any]) -> tuple[float, list[str]]:
         gains.append(mean(with_) - mean(without))
         if gains[-1] < 0:
             missed.append(f"at {level} distillation loses {-gains[-1]:.2f} points")
-    for point in results["points"]:
-        if abs(point["measured_sparsity"] - point["sparsity"]) > 1e-5:
-            missed.append(f"{point} does not have the sparsity it should")
+    missed += [
+        f"{point} does not have the sparsity it should"
+        for point in results["points"]
+        if abs(point["measured_sparsity"] - point["sparsity"]) > 1e-5
+    ]
     return min(gains, default=float("nan")), missed
 
 
