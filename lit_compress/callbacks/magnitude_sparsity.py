@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,9 +28,9 @@ from lit_compress.compress.layers import (
     select_weights,
 )
 from lit_compress.compress.masked_weights import MaskedWeights
-from lit_compress.compress.patterns import NofM, parse_pattern
+from lit_compress.compress.patterns import parse_pattern
 from lit_compress.compress.schedules import Ramp, Schedule
-from lit_compress.compress.sparsity import allocate_zeros, check_sparsity
+from lit_compress.compress.sparsity_target import Allocation, SparsityTarget
 
 __all__ = ["MagnitudeSparsity"]
 
@@ -100,26 +98,28 @@ class MagnitudeSparsity(pl.Callback):
         final_sparsity: float | dict[str, float],
         initial_sparsity: float = 0.0,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
-        allocation: Literal["uniform", "global", "heuristic"] = "uniform",
+        allocation: Allocation = "uniform",
         pattern: str = "unstructured",
         layers: Sequence[str] | None = None,
         ignored_layers: Sequence[str] | None = None,
         layer_types: Sequence[LayerType] = ("conv", "linear", "attention", "recurrent"),
     ) -> None:
         super().__init__()
-        _check_targets(final_sparsity, initial_sparsity, allocation, layers)
-        self.final_sparsity = final_sparsity
-        self.initial_sparsity = initial_sparsity
+        self.target = SparsityTarget(
+            final_sparsity, initial_sparsity, allocation, parse_pattern(pattern)
+        )
         self.schedule = schedule
-        self.allocation = allocation
-        self.pattern = parse_pattern(pattern)
-        self.layers = list(final_sparsity) if isinstance(final_sparsity, Mapping) else layers
+        for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
+            if isinstance(value, str):
+                raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+        if self.target.layers is not None and layers is not None:
+            raise ValueError(
+                "final_sparsity is a mapping and layers is given too; the mapping's keys already "
+                "name the layers. Leave layers out."
+            )
+        self.layers = layers if self.target.layers is None else self.target.layers
         self.ignored_layers = ignored_layers
         self.layer_types = layer_types
-        _check_pattern(final_sparsity, allocation, self.pattern)
-        for name in ("layers", "ignored_layers", "layer_types"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is a single string; give a list of strings.")
 
         self.ramp: Ramp | None = None
         self.selection: Selection | None = None
@@ -145,11 +145,13 @@ class MagnitudeSparsity(pl.Callback):
             layers=self.layers,
             ignored_layers=self.ignored_layers,
             layer_types=self.layer_types,
-            pattern=self.pattern,
+            pattern=self.target.pattern,
         )
         rank_zero_info(f"{type(self).__name__}: {self.selection}")
         named = {plain_name(name): p for name, p in pl_module.named_parameters()}
-        self._weights = MaskedWeights({n: named[n] for n in self.selection.names}, self.pattern)
+        self._weights = MaskedWeights(
+            {n: named[n] for n in self.selection.names}, self.target.pattern
+        )
         self._refuse_shared_weights(trainer)
         self._start_or_resume(trainer)
         self._bind(trainer)
@@ -202,7 +204,7 @@ class MagnitudeSparsity(pl.Callback):
             rank_zero_warn(
                 f"{type(self).__name__}: training ended before {self.schedule.unit} {ramp.end}, "
                 f"where the schedule ends; the sparsity is {weights.sparsity():.4f} and not "
-                f"{self.final_sparsity}. Train longer, or end the schedule earlier."
+                f"{self.target.final}. Train longer, or end the schedule earlier."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,7 +242,7 @@ class MagnitudeSparsity(pl.Callback):
         return {
             "weights": self._weights.state_dict(),
             "last_point": self._last_point,
-            "target": self._target,
+            "target": self._declared,
             "ramp": self._active_ramp.to_dict(),
         }
 
@@ -276,7 +278,7 @@ class MagnitudeSparsity(pl.Callback):
             self.ramp, self._last_point = self._resolve_schedule(trainer), None
             return
         self._active_weights.load_state_dict(state["weights"])
-        if state["target"] == self._target:
+        if state["target"] == self._declared:
             # The run keeps the moments it was started with, also when max_epochs has grown.
             self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
         else:
@@ -288,12 +290,9 @@ class MagnitudeSparsity(pl.Callback):
             self.ramp, self._last_point = self._resolve_schedule(trainer), None
 
     @property
-    def _target(self) -> str:
-        """What the run is to reach, to recognise a checkpoint of the same run."""
-        return (
-            f"final_sparsity={self.final_sparsity}, initial_sparsity={self.initial_sparsity}, "
-            f"allocation={self.allocation!r}, schedule={self.schedule}"
-        )
+    def _declared(self) -> str:
+        """What the run is to reach and when, to recognise a checkpoint of the same run."""
+        return f"{self.target}, {self.schedule}"
 
     def _resolve_schedule(self, trainer: pl.Trainer) -> Ramp:
         length = run_length(trainer, self.schedule.unit)
@@ -347,27 +346,15 @@ class MagnitudeSparsity(pl.Callback):
             return
         if self._last_point is not None and point <= self._last_point:
             return
-        scheduled = self._scheduled_sparsity(point)
-        num_zeros = allocate_zeros(weights.sizes, scheduled, self.allocation)
+        scheduled = self.target.scheduled(ramp, point, weights.sizes)
         alone = trainer.world_size == 1
-        weights.update(num_zeros, None if alone else partial(_rank_zero_decides, trainer))
+        weights.update(scheduled.num_zeros, None if alone else partial(_rank_zero_decides, trainer))
         for average in averaged_modules(trainer):
             self._mask_average(average)
         self._last_point = point
         if point == ramp.end:
             weights.settle()
-        self._log(trainer, scheduled)
-
-    def _scheduled_sparsity(self, point: int) -> float | dict[str, float]:
-        ramp, initial = self._active_ramp, self.initial_sparsity
-        if not isinstance(self.final_sparsity, Mapping):
-            return ramp.value(point, initial, self.final_sparsity)
-        scheduled = {}
-        for name in self._active_weights.parameters:
-            layer = name.rpartition(".")[0]
-            final = next(v for glob, v in self.final_sparsity.items() if fnmatchcase(layer, glob))
-            scheduled[name] = ramp.value(point, initial, final)
-        return scheduled
+        self._log(trainer, scheduled.sparsity)
 
     def _log(self, trainer: pl.Trainer, scheduled: float | dict[str, float]) -> None:
         if not trainer.loggers:
@@ -381,58 +368,3 @@ class MagnitudeSparsity(pl.Callback):
 
 def _rank_zero_decides(trainer: pl.Trainer, packed: dict[str, Tensor]) -> dict[str, Tensor]:
     return trainer.strategy.broadcast(packed, src=0)
-
-
-def _check_targets(
-    final: float | dict[str, float],
-    initial: float,
-    allocation: str,
-    layers: Sequence[str] | None,
-) -> None:
-    if allocation not in ("uniform", "global", "heuristic"):
-        raise ValueError(
-            f"allocation is {allocation!r}, expected 'uniform', 'global' or 'heuristic'."
-        )
-    check_sparsity("initial_sparsity", initial)
-    targets = final if isinstance(final, Mapping) else {"": final}
-    if not targets:
-        raise ValueError(
-            "final_sparsity is an empty mapping; give at least one name pattern, as in "
-            "{'*.conv?': 0.8}, or a single number."
-        )
-    for glob, target in targets.items():
-        name = f"final_sparsity[{glob!r}]" if glob else "final_sparsity"
-        check_sparsity(name, target)
-        if target < initial:
-            raise ValueError(
-                f"{name} is {target}, below initial_sparsity={initial}; sparsity cannot fall "
-                "during a run. Give a smaller initial_sparsity."
-            )
-    if isinstance(final, Mapping) and layers is not None:
-        raise ValueError(
-            "final_sparsity is a mapping and layers is given too; the mapping's keys already name "
-            "the layers. Leave layers out."
-        )
-    if isinstance(final, Mapping) and allocation != "uniform":
-        raise ValueError(
-            f"final_sparsity is a mapping, which fixes every layer, and allocation={allocation!r} "
-            "is given too; leave allocation out or give a single final_sparsity."
-        )
-
-
-def _check_pattern(final: float | dict[str, float], allocation: str, pattern: Any) -> None:
-    if not isinstance(pattern, NofM):
-        return
-    targets = final.values() if isinstance(final, Mapping) else [final]
-    for target in targets:
-        if not math.isclose(target, pattern.max_sparsity, abs_tol=1e-6):
-            raise ValueError(
-                f"final_sparsity is {target}, but the pattern {pattern} is complete at exactly "
-                f"{pattern.max_sparsity:g} and of no use before; write "
-                f"final_sparsity={pattern.max_sparsity:g}."
-            )
-    if allocation == "heuristic":
-        raise ValueError(
-            f"the pattern {pattern} fixes the sparsity of every layer, allocation='heuristic' "
-            "would vary it; use allocation='uniform'."
-        )

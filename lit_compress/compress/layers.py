@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from lit_compress.compress.patterns import SparsityPattern
 
-__all__ = ["LayerType", "Selection", "SkippedWeight", "select_weights", "unmatched_pattern_error"]
+__all__ = ["LayerType", "Selection", "SkippedWeight", "select_weights"]
 
 LayerType = Literal["conv", "depthwise", "linear", "attention", "recurrent", "embedding"]
 LAYER_TYPES: tuple[str, ...] = get_args(LayerType)
@@ -144,7 +144,7 @@ def select_weights(
     for what, globs in (("layers", layers), ("ignored_layers", ignored_layers)):
         for glob in globs or ():
             if not any(fnmatchcase(layer, glob) for layer in owners):
-                raise unmatched_pattern_error(what, glob, owners)
+                raise _unmatched_pattern(what, glob, owners)
     selection = Selection(tuple(names), tuple(skipped), num_other)
     if not names:
         raise ValueError(
@@ -154,7 +154,7 @@ def select_weights(
     return selection
 
 
-def unmatched_pattern_error(what: str, glob: str, names: Iterable[str]) -> ValueError:
+def _unmatched_pattern(what: str, glob: str, names: Iterable[str]) -> ValueError:
     """The error for a name pattern that matches no layer, with the nearest names there are."""
     names = list(names)
     nearest = difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]

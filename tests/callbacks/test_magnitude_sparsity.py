@@ -480,7 +480,7 @@ def test_a_run_that_ends_early_says_so():
         ({"final_sparsity": 0.6, "pattern": "2:4"}, r"write final_sparsity=0\.5"),
         ({"final_sparsity": 0.5, "pattern": "2:4", "allocation": "heuristic"}, "use allocation="),
         ({"final_sparsity": 0.5, "pattern": "nm"}, "pattern is 'nm', expected"),
-        ({"final_sparsity": 0.5, "layers": "model.8"}, "layers is a single string"),
+        ({"final_sparsity": 0.5, "layers": "model.8"}, "layers is the string .model.8."),
     ],
     ids=str,
 )

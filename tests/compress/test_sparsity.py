@@ -62,9 +62,7 @@ def test_heuristic_meets_the_total_below_its_cap(sizes, sparsity):
         multi = [n for n in sizes if sizes[n] > 1]
         assert all(ratios[n] <= cap + 1e-12 for n in multi)
         by_size = sorted(multi, key=lambda n: sizes[n])
-        assert all(
-            ratios[a] <= ratios[b] + 1e-12 for a, b in itertools.pairwise(by_size)
-        )
+        assert all(ratios[a] <= ratios[b] + 1e-12 for a, b in itertools.pairwise(by_size))
 
 
 def test_heuristic_is_pocketflows_formula_where_nothing_is_clipped():

@@ -13,8 +13,9 @@ SYBIL = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_snippets_run(page, monkeypatch):
+def test_the_snippets_run(page, monkeypatch, tmp_path):
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("LIT_COMPRESS_CACHE", str(tmp_path))
     document = SYBIL.parse(page)
     for example in document:
         example.evaluate()
