@@ -189,12 +189,12 @@ class MagnitudeSparsity(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the sparsity known to ``ModelCheckpoint`` and the progress bar."""
-        pl_module.log("sparsity", self.sparsity, prog_bar=True, logger=False)
+        pl_module.log("sparsity", self.sparsity, prog_bar=True, logger=False, sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same, for checkpoints that are written when validation ends."""
         if trainer.state.fn == TrainerFn.FITTING:
-            pl_module.log("sparsity", self.sparsity, logger=False)
+            pl_module.log("sparsity", self.sparsity, logger=False, sync_dist=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave exact zeros, and say so if the run ended before the schedule did."""

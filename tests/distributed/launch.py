@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 
 def run_in_two_processes(script: str, folder: Path) -> list[str]:
     """Run ``script folder`` in two processes; what each wrote to ``folder/rank<N>.txt``."""
@@ -22,5 +24,10 @@ def run_in_two_processes(script: str, folder: Path) -> list[str]:
 
 
 def report(folder: Path, results: dict[str, bool]) -> None:
-    """Leave this process's results where :func:`run_in_two_processes` finds them."""
+    """Leave this process's results where :func:`run_in_two_processes` finds them, and finish.
+
+    A process that exits with a live group aborts now and then, when gloo's threads outlive it.
+    """
     (folder / f"rank{os.environ['RANK']}.txt").write_text(str(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

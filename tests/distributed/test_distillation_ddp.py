@@ -1,19 +1,15 @@
 """Distillation in two gloo processes; this file is also the script that they run."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from lit_compress.callbacks.distillation import Distillation  # noqa: E402
-from lit_compress.compress.distillation import soft_target_kl  # noqa: E402
-from tests.callbacks.nets import ManualNet, Net, loader, same_weights, trainer  # noqa: E402
+from lit_compress.callbacks.distillation import Distillation
+from lit_compress.compress.distillation import soft_target_kl
+from tests.callbacks.nets import ManualNet, Net, loader, same_weights, trainer
+from tests.distributed.launch import report, run_in_two_processes
 
 
 class NetByHand(Net):
@@ -105,24 +101,13 @@ def main(folder: Path) -> None:
     }
     alone, distilled = fit(seeded(Net)), fit(seeded(Net), Distillation())
     results["has an effect"] = not same_weights(alone, distilled)
-    (folder / f"rank{os.environ['RANK']}.txt").write_text(str(results))
+    report(folder, results)
 
 
 def test_two_processes_train_as_if_the_loss_were_written_by_hand(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    found = run_in_two_processes(__file__, tmp_path)
     names = ["automatic", "accumulation", "manual", "own forward", "snapshot", "has an effect"]
-    for rank in range(2):
-        assert (tmp_path / f"rank{rank}.txt").read_text() == str(dict.fromkeys(names, True))
+    assert found == [str(dict.fromkeys(names, True))] * 2
 
 
 if __name__ == "__main__":

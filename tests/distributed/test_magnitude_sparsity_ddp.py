@@ -7,12 +7,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from lit_compress import MagnitudeSparsity, Schedule
+from lit_compress import CompressionSummary, MagnitudeSparsity, Schedule
 from tests.callbacks.nets import Net, loader, same_weights, trainer
 from tests.distributed.launch import report, run_in_two_processes
 
 WEIGHTS = 72 + 128 + 256
-CHECKS = ["target", "clipping", "ranks agree", "rank 0 decides", "average", "resume"]
+CHECKS = ["target", "report", "clipping", "ranks agree", "rank 0 decides", "average", "resume"]
 
 
 class Disturb(pl.Callback):
@@ -66,13 +66,16 @@ def average_and_resume(folder):
 
 
 def main(folder: Path) -> None:
-    plain, _ = fit(MagnitudeSparsity(0.5))
+    summary = CompressionSummary(folder, latency=False, plots=False)
+    plain, strategy = fit(MagnitudeSparsity(0.5), summary)
+    written = summary.report is not None and summary.report.compressed.macs
     clipped, _ = fit(MagnitudeSparsity(0.5), gradient_clip_val=0.1)
     agree, decides = agreement()
     average, resume = average_and_resume(folder)
     target = zeros(plain) == WEIGHTS // 2
     clipping = zeros(clipped) == WEIGHTS // 2 and not same_weights(plain, clipped)
-    found = [target, clipping, agree, decides, average, resume]
+    reported = bool(written) == strategy.is_global_zero
+    found = [target, reported, clipping, agree, decides, average, resume]
     report(folder, dict(zip(CHECKS, found, strict=True)))
 
 
