@@ -17,9 +17,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_compress.callbacks._network_calls import NetworkCall, NetworkCalls
-from lit_compress.compress.layers import plain_name
+from lit_compress.compress.weight_files import read_weights
 
-__all__ = ["Teacher", "TeacherFile", "copy_network", "load_weights", "read_weights"]
+__all__ = ["Teacher", "TeacherFile", "copy_network", "digest", "read_remote"]
 
 _COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -104,7 +104,7 @@ class TeacherFile:
         paths = [os.path.join(place, self.name) for place in [*places, self.directory]]
         for path in paths:
             try:
-                weights = read_weights(path)
+                weights = read_weights(path, read_remote)
             except FileNotFoundError:
                 continue
             if digest(weights) != self.sha256:
@@ -152,98 +152,8 @@ def digest(weights: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
-    """Read a state dict from a file, safely.
-
-    Args:
-        path: A Lightning checkpoint, a state dict, or a mapping that holds one as ``state_dict``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, holds no weights, or holds pickled objects.
-    """
-    if not os.path.exists(path) and "://" not in os.fspath(path):
-        raise FileNotFoundError(
-            f"There is no file {os.fspath(path)!r} to take the teacher's weights from. Give the "
-            "path of a checkpoint or a state dict."
-        )
-    try:
-        content = TorchCheckpointIO().load_checkpoint(
-            path, map_location=lambda storage, location: storage, weights_only=True
-        )
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever torch makes of a broken file
-        raise ValueError(
-            f"{os.fspath(path)!r} cannot be read as weights: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}. It may be "
-            "truncated, no PyTorch file, or hold pickled objects, which are not loaded for "
-            "safety's sake; save the weights alone with torch.save(module.state_dict(), path)."
-        ) from error
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        held = (
-            f"a mapping with the keys {list(content)[:5]}"
-            if isinstance(content, Mapping)
-            else f"a {type(content).__name__}"
-        )
-        raise ValueError(
-            f"{os.fspath(path)!r} holds {held}, expected a Lightning checkpoint or a state dict "
-            "of tensors. Save one with torch.save(module.state_dict(), path)."
-        )
-    return dict(content)
-
-
-def load_weights(network: nn.Module, weights: Mapping[str, Any], source: str | Path) -> None:
-    """Load weights into a network, whatever prefix they carry in the file.
-
-    Args:
-        network: The network that takes the weights; unchanged if they do not fit.
-        weights: The file's weights. Where they lie under a prefix, as in ``model.conv.weight``,
-            it is stripped and what lies outside of it is ignored.
-        source: Named in errors.
-
-    Raises:
-        ValueError: If a weight is missing, has another shape, or is unknown to the network; the
-            first of them is named.
-    """
-    keys = {plain_name(key): key for key in network.state_dict()}
-    own = {plain_name(key): value for key, value in network.state_dict().items()}
-    given = {plain_name(name): value for name, value in weights.items()}
-    prefix = _common_prefix(list(own), list(given))
-    given = {name[len(prefix) :]: v for name, v in given.items() if name.startswith(prefix)}
-    of = f"the weights in {os.fspath(source)!r}" + (f" under {prefix!r}" if prefix else "")
-    mend = (
-        "Give a file of the same architecture, or the teacher itself with teacher= when it has "
-        "another architecture than the student."
-    )
-    for name, value in own.items():
-        if name not in given:
-            raise ValueError(
-                f"{of} do not fit {type(network).__name__}: {name!r} is missing. {mend}"
-            )
-        if isinstance(value, Tensor) and value.shape != given[name].shape:
-            raise ValueError(
-                f"{of} do not fit {type(network).__name__}: {name!r} has shape "
-                f"{tuple(given[name].shape)}, expected {tuple(value.shape)}. {mend}"
-            )
-    unknown = [name for name in given if name not in own]
-    if unknown:
-        raise ValueError(
-            f"{of} do not fit {type(network).__name__}: {unknown[0]!r} is unknown to it. {mend}"
-        )
-    network.load_state_dict({keys[name]: value for name, value in given.items()})
-
-
-def _common_prefix(own: list[str], given: list[str]) -> str:
-    """The prefix under which most of the network's names are found, the shortest of equals."""
-    known = set(given)
-    prefixes = {""}
-    for name in own:
-        prefixes |= {g[: -len(name)] for g in given if g.endswith("." + name)}
-        if len(prefixes) > 1:
-            break
-    return max(
-        sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in known for name in own)
+def read_remote(path: str | os.PathLike[str]) -> Any:
+    """Open a checkpoint as Lightning does, so that a URL will do."""
+    return TorchCheckpointIO().load_checkpoint(
+        os.fspath(path), map_location=lambda storage, location: storage, weights_only=True
     )

@@ -23,16 +23,21 @@ from lit_compress.callbacks._teacher import (
     TeacherFile,
     copy_network,
     digest,
-    load_weights,
-    read_weights,
+    read_remote,
 )
 from lit_compress.callbacks.requirements import (
     explain_unreadable_checkpoints,
     refuse_sharded_strategy,
 )
 from lit_compress.callbacks.run_clock import current_moment, run_length
+from lit_compress.compress.weight_files import load_weights, read_weights
 
 __all__ = ["Distillation", "FeatureMatching"]
+
+_OTHER_ARCHITECTURE = (
+    "Give a file of the same architecture, or the teacher itself with teacher= when it has another "
+    "architecture than the student."
+)
 
 
 class Distillation(Callback):
@@ -236,14 +241,16 @@ class Distillation(Callback):
         else:
             teacher = self._given[0]
         if self.checkpoint is not None:
-            load_weights(teacher, read_weights(self.checkpoint), self.checkpoint)
+            weights = read_weights(self.checkpoint, read_remote)
+            load_weights(teacher, weights, self.checkpoint, _OTHER_ARCHITECTURE)
         return teacher
 
     def _restore_snapshot(
         self, snapshot: TeacherFile, network: nn.Module, trainer: Trainer
     ) -> nn.Module:
         teacher = copy_network(network)
-        load_weights(teacher, snapshot.read(beside=trainer.ckpt_path), snapshot.name)
+        weights = snapshot.read(beside=trainer.ckpt_path)
+        load_weights(teacher, weights, snapshot.name, _OTHER_ARCHITECTURE)
         self._snapshot = TeacherFile(snapshot.sha256, self._directories[0])
         return teacher
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 from torch import nn
 
-from lit_compress.cli.checkpoints import StoredWeights, load_into, read_checkpoint
 from lit_compress.cli.parsing import CommandParser
+from lit_compress.cli.stored_weights import StoredWeights
 from lit_compress.cli.subject import Subject, find_subject
+from lit_compress.compress.weight_files import load_weights, read_weights
 from lit_compress.measure import (
     CompressionReport,
     ExampleInputs,
@@ -118,8 +119,8 @@ def benchmark(args: Sequence[str]) -> None:
         )
     dense = copy.deepcopy(subject.network)
     if options.baseline is not None:
-        _fill(dense, subject, options.baseline)
-    _fill(subject.network, subject, options.checkpoint)
+        _fill(dense, options.baseline)
+    _fill(subject.network, options.checkpoint)
     comparisons = [
         compare_latency(
             dense,
@@ -190,14 +191,15 @@ def _measures(
     validate: bool,
 ) -> ModelMeasures:
     if subject is None:
-        return measure_model(StoredWeights(read_checkpoint(path)["state_dict"]), name=name)
-    _fill(subject.network, subject, path)
+        return measure_model(StoredWeights(read_weights(path)), name=name)
+    _fill(subject.network, path)
     metrics = subject.validate() if validate else None
     return measure_model(subject.network, inputs, name=name, metrics=metrics)
 
 
-def _fill(network: nn.Module, subject: Subject, path: str) -> None:
-    load_into(network, read_checkpoint(path)["state_dict"], subject.prefix, path)
+def _fill(network: nn.Module, path: str) -> None:
+    mend = "Give the configuration of the run that wrote them, as --config FILE."
+    load_weights(network, read_weights(path), path, mend)
 
 
 def _summary(measures: ModelMeasures) -> list[Table]:

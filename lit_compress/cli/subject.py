@@ -16,8 +16,8 @@ from lightning.pytorch.cli import instantiate_module
 from torch import nn
 
 from lit_compress.callbacks._network_calls import NetworkCall, NetworkCalls, find_network
-from lit_compress.cli.checkpoints import read_checkpoint
 from lit_compress.cli.training import NAMED_CALLBACKS, CompressionCLI
+from lit_compress.compress.weight_files import read_checkpoint
 from lit_compress.measure import ExampleInputs
 from lit_compress.measure.inputs import with_batch_size
 
@@ -44,14 +44,6 @@ class Subject:
     def network(self) -> nn.Module:
         """The network inside the module, or else the module itself."""
         return find_network(self.module, None)
-
-    @property
-    def prefix(self) -> str:
-        """What stands before the network's names in the module's state dict."""
-        network = self.network
-        names = (name for name, child in self.module.named_modules() if child is network)
-        name = next(names)
-        return f"{name}." if name else ""
 
     def example_inputs(self) -> ExampleInputs | None:
         """One example: of the shape given, of the data, or the module's own; or ``None``."""

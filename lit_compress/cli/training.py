@@ -16,8 +16,8 @@ from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.cli import COMMANDS
-from lit_compress.cli.checkpoints import read_checkpoint
 from lit_compress.cli.parsing import CommandParser
+from lit_compress.compress.weight_files import read_checkpoint
 
 __all__ = ["NAMED_CALLBACKS", "CompressionCLI"]
 

@@ -2,14 +2,13 @@
 
 import lzma
 import os
-import pickle
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
+
+from lit_compress.compress import weight_files
 
 ASSETS_VARIABLE = "LIT_COMPRESS_ASSETS"
 CACHE_VARIABLE = "LIT_COMPRESS_CACHE"
@@ -113,8 +112,9 @@ def unpack_once(archive: Path, target: Path) -> Path:
             with tarfile.open(archive) as tar:
                 tar.extractall(unpacked, filter="data")
         except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{archive} cannot be unpacked ({_first_line(error)}): it is truncated or no tar "
+                f"{archive} cannot be unpacked ({reason}): it is truncated or no tar "
                 "archive. Fetch it again."
             ) from error
         put_in_place(unpacked, target)
@@ -166,8 +166,8 @@ def weights_path(name: str, assets: str | Path | None = None) -> Path:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load the weights in ``path`` into ``model``, every one of them.
 
-    Reads a plain state dict, a dict with a ``state_dict`` entry, or a Lightning checkpoint (where
-    the network is the attribute ``model`` of the LightningModule, its keys lose that prefix).
+    Reads a plain state dict, a dict with a ``state_dict`` entry, or a Lightning checkpoint, whose
+    prefix is stripped.
 
     Args:
         model: The network. It is changed only if all weights fit.
@@ -175,71 +175,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: If the file is not there.
-        ValueError: If the file is truncated or foreign, or if a weight is missing, unexpected or
-            of another shape; the first such name is given.
+        ValueError: If the file is truncated or foreign, or if a weight is missing, unknown or of
+            another shape; the first such name is given.
     """
-    state = read_state_dict(path)
-    expected = model.state_dict()
-    if expected.keys().isdisjoint(state):  # a LightningModule's own: its network is `model`
-        inner = {key[6:]: value for key, value in state.items() if key.startswith("model.")}
-        state = inner or state
-    if fault := _first_difference(expected, state):
-        raise ValueError(
-            f"The weights in {path} do not fit {type(model).__name__}: {fault}. "
-            "Give the weights of this very architecture."
-        )
-    model.load_state_dict(state)
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the state dict in a file of weights or a Lightning checkpoint, on the CPU.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: If the file is not there.
-        ValueError: If the file is truncated, or holds no state dict.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there; give a file of weights.")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as weights ({_first_line(error)}): it is truncated, or holds "
-            "more than tensors and plain values. Save the model's state_dict() with torch.save."
-        ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not _holds_weights(content):
-        raise ValueError(
-            f"{path} holds {type(content).__name__} and no state dict. "
-            "Save the model's state_dict() with torch.save."
-        )
-    return content
-
-
-def _holds_weights(content: dict[Any, Any]) -> bool:
-    return all(isinstance(key, str) for key in content) and all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    )
-
-
-def _first_difference(
-    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
-) -> str | None:
-    for key, value in expected.items():
-        if key not in found:
-            return f"{key!r} is missing"
-        if found[key].shape != value.shape:
-            came, wanted = tuple(found[key].shape), tuple(value.shape)
-            return f"{key!r} has shape {came} and the model has {wanted}"
-    for key in found:
-        if key not in expected:
-            return f"{key!r} is unexpected"
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    mend = "Give the weights of this very architecture."
+    weight_files.load_weights(model, weight_files.read_weights(path), path, mend)

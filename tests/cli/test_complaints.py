@@ -54,7 +54,7 @@ def refused(capsys, *arguments):
         ("--model=ImageClasifier", "'model': there is no class 'ImageClasifier'; did you mean "
          "'ImageClassifier'?"),
         ("--model=lit_compress.tasks.ImageClasifier", "did you mean 'ImageClassifier'?"),
-        ("--model=no_such_package.Net", "there is no class 'no_such_package.Net'; give its full"),
+        ("--model=no_such_package.Zyx", "there is no class 'no_such_package.Zyx'; give its full"),
         ("--model=lit_compress.tasks.DigitsDataModule", "expected a subclass of LightningModule"),
         ("--trainer.callbacks=ModelChekpoint", "'trainer.callbacks': there is no class "
          "'ModelChekpoint'; did you mean 'ModelCheckpoint'?"),
