@@ -18,6 +18,11 @@ from lit_compress.callbacks._distilled_step import DistilledStep
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._network_calls import find_network
 from lit_compress.callbacks._objective import FeatureMatching, LogitsLoss, Objective, is_number
+from lit_compress.callbacks._requirements import (
+    explain_unreadable_checkpoints,
+    refuse_sharded_strategy,
+)
+from lit_compress.callbacks._run_clock import current_moment, run_length
 from lit_compress.callbacks._teacher import (
     Teacher,
     TeacherFile,
@@ -25,11 +30,6 @@ from lit_compress.callbacks._teacher import (
     digest,
     read_remote,
 )
-from lit_compress.callbacks.requirements import (
-    explain_unreadable_checkpoints,
-    refuse_sharded_strategy,
-)
-from lit_compress.callbacks.run_clock import current_moment, run_length
 from lit_compress.compress.weight_files import load_weights, read_weights
 
 __all__ = ["Distillation", "FeatureMatching"]

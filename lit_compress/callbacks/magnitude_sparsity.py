@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
-from lit_compress.callbacks.requirements import (
+from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
     refuse_sharded_strategy,
 )
-from lit_compress.callbacks.run_clock import current_moment, run_length
-from lit_compress.callbacks.weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks._run_clock import current_moment, run_length
+from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
 from lit_compress.compress.layers import (
     LayerType,
     Selection,

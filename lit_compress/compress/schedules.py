@@ -38,8 +38,8 @@ def linear(progress: float, initial: float, final: float) -> float:
 
     Args:
         progress: How much of the ramp has passed, in [0, 1].
-        initial: The value at ``progress = 0``.
-        final: The value at ``progress = 1``, returned without rounding error.
+        initial: The value at ``progress = 0``, without rounding error.
+        final: The value at ``progress = 1``, without rounding error.
 
     Raises:
         ValueError: If ``progress`` is outside [0, 1].
@@ -48,6 +48,8 @@ def linear(progress: float, initial: float, final: float) -> float:
     (0.5, 0.625, 0.75)
     """
     _check_progress(progress)
+    if progress == 0.0:
+        return initial
     return final + (initial - final) * (1.0 - progress)
 
 
@@ -59,8 +61,8 @@ def cubic(progress: float, initial: float, final: float) -> float:
 
     Args:
         progress: How much of the ramp has passed, in [0, 1].
-        initial: The value at ``progress = 0``.
-        final: The value at ``progress = 1``, returned without rounding error.
+        initial: The value at ``progress = 0``, without rounding error.
+        final: The value at ``progress = 1``, without rounding error.
 
     Raises:
         ValueError: If ``progress`` is outside [0, 1].

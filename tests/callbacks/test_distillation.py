@@ -770,7 +770,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     other = weights | {"8.weight": torch.zeros(10, 64)}
     refused(other, ValueError, r"'8.weight' has shape \(10, 64\), expected \(4, 64\)")
     refused(weights | {"9.weight": torch.zeros(1)}, ValueError, "'9.weight' is unknown")
-    refused({"epoch": 1}, ValueError, r"a mapping with the keys \['epoch'\]")
+    refused({"epoch": 1}, ValueError, r"no weights but the keys \['epoch'\]")
     refused([1, 2], ValueError, "holds a list, expected")
     whole = write(tmp_path, weights).read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])

@@ -8,7 +8,7 @@ from typing import cast
 import lightning.pytorch as pl
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
-from lit_compress.callbacks.weight_averages import num_extra_epochs
+from lit_compress.callbacks._weight_averages import num_extra_epochs
 
 __all__ = ["current_moment", "run_length"]
 

@@ -1,0 +1,34 @@
+"""The results page is what the committed JSON says, and the bars hold in it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT / "benchmarks", capture_output=True, text=True
+    )
+
+
+def test_the_page_is_up_to_date():
+    done = run("results_page.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_distillation_gains_at_every_level_in_the_committed_results():
+    code = "import sparsity_distillation as s, json;print(json.dumps(s.check(s.read_results())))"
+    done = run("-c", code)
+    gain, missed = json.loads(done.stdout)
+    assert missed == []
+    assert gain >= 0
+
+
+def test_the_committed_cost_is_within_its_bars():
+    code = "import callback_overhead as c; print([n for n, b in c.BARS.items() if r[n] > b])"
+    results = (ROOT / "docs" / "results" / "callback_overhead.json").read_text()
+    done = run("-c", f"r = {json.loads(results)!r}; {code}")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
