@@ -185,8 +185,9 @@ def parse_pattern(text: str) -> SparsityPattern:
     Raises:
         ValueError: If the name is none of these.
 
-    >>> parse_pattern("2:4").max_sparsity
-    0.5
+    Examples:
+        >>> parse_pattern("2:4").max_sparsity
+        0.5
     """
     if text == "unstructured":
         return Unstructured()

@@ -26,8 +26,9 @@ def constant(progress: float, initial: float, final: float) -> float:
     Raises:
         ValueError: If ``progress`` is outside [0, 1].
 
-    >>> constant(0.0, 0.1, 0.9)
-    0.9
+    Examples:
+        >>> constant(0.0, 0.1, 0.9)
+        0.9
     """
     _check_progress(progress)
     return final
@@ -44,8 +45,9 @@ def linear(progress: float, initial: float, final: float) -> float:
     Raises:
         ValueError: If ``progress`` is outside [0, 1].
 
-    >>> linear(0.0, 0.5, 0.75), linear(0.5, 0.5, 0.75), linear(1.0, 0.5, 0.75)
-    (0.5, 0.625, 0.75)
+    Examples:
+        >>> linear(0.0, 0.5, 0.75), linear(0.5, 0.5, 0.75), linear(1.0, 0.5, 0.75)
+        (0.5, 0.625, 0.75)
     """
     _check_progress(progress)
     if progress == 0.0:
@@ -67,8 +69,9 @@ def cubic(progress: float, initial: float, final: float) -> float:
     Raises:
         ValueError: If ``progress`` is outside [0, 1].
 
-    >>> cubic(0.0, 0.0, 0.8), cubic(0.5, 0.0, 0.8), cubic(1.0, 0.0, 0.8)
-    (0.0, 0.7000000000000001, 0.8)
+    Examples:
+        >>> cubic(0.0, 0.0, 0.8), cubic(0.5, 0.0, 0.8), cubic(1.0, 0.0, 0.8)
+        (0.0, 0.7000000000000001, 0.8)
     """
     _check_progress(progress)
     if progress == 0.0:
@@ -177,11 +180,12 @@ class Ramp:
         end: The last update.
         every: The distance between the updates from ``begin`` on; the one at ``end`` comes anyway.
 
-    >>> ramp = Ramp("linear", begin=10, end=25, every=10)
-    >>> [ramp.update_point(now) for now in (9, 10, 19, 20, 25, 99)]
-    [None, 10, 10, 20, 25, 25]
-    >>> ramp.value(10, 0.0, 0.6), ramp.value(25, 0.0, 0.6)
-    (0.0, 0.6)
+    Examples:
+        >>> ramp = Ramp("linear", begin=10, end=25, every=10)
+        >>> [ramp.update_point(now) for now in (9, 10, 19, 20, 25, 99)]
+        [None, 10, 10, 20, 25, 25]
+        >>> ramp.value(10, 0.0, 0.6), ramp.value(25, 0.0, 0.6)
+        (0.0, 0.6)
     """
 
     kind: Literal["cubic", "linear", "constant"]

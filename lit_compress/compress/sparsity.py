@@ -69,10 +69,11 @@ def allocate_zeros(
     Raises:
         ValueError: If ``sparsity`` is out of range or ``rule`` unknown.
 
-    >>> allocate_zeros({"a": 5, "b": 10}, 0.5, "uniform")
-    {'a': 3, 'b': 5}
-    >>> allocate_zeros({"a": 5, "b": 10}, 0.5, "global")
-    8
+    Examples:
+        >>> allocate_zeros({"a": 5, "b": 10}, 0.5, "uniform")
+        {'a': 3, 'b': 5}
+        >>> allocate_zeros({"a": 5, "b": 10}, 0.5, "global")
+        8
     """
     if isinstance(sparsity, Mapping):
         for name in sizes:
@@ -111,9 +112,10 @@ def heuristic_sparsities(sizes: Mapping[str, int], sparsity: float) -> dict[str,
     Returns:
         The sparsity of each layer, in [0, 1), with ``sum(r_l * N_l) = sparsity * sum(N)``.
 
-    >>> r = heuristic_sparsities({"small": 10, "large": 1000}, 0.5)
-    >>> round(r["small"], 3), round(r["large"], 3)
-    (0.168, 0.503)
+    Examples:
+        >>> r = heuristic_sparsities({"small": 10, "large": 1000}, 0.5)
+        >>> round(r["small"], 3), round(r["large"], 3)
+        (0.168, 0.503)
     """
     if sparsity == 0.0 or not sizes:
         return dict.fromkeys(sizes, 0.0)
@@ -154,8 +156,9 @@ def apportion(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[
     Raises:
         ValueError: If ``total`` is negative or above ``sum(caps)``.
 
-    >>> apportion(5, [2.6, 1.6, 0.8], [9, 9, 9])
-    [3, 1, 1]
+    Examples:
+        >>> apportion(5, [2.6, 1.6, 0.8], [9, 9, 9])
+        [3, 1, 1]
     """
     if not 0 <= total <= sum(caps):
         raise ValueError(f"total is {total}, expected a number in [0, {sum(caps)}].")
@@ -228,8 +231,9 @@ def keep_largest(scores: Tensor, num_removed: int) -> Tensor:
     Raises:
         ValueError: If ``num_removed`` is out of range.
 
-    >>> keep_largest(torch.tensor([3.0, 1.0, 1.0, 2.0]), 1)
-    tensor([ True, False,  True,  True])
+    Examples:
+        >>> keep_largest(torch.tensor([3.0, 1.0, 1.0, 2.0]), 1)
+        tensor([ True, False,  True,  True])
     """
     size = scores.numel()
     if not 0 <= num_removed <= size:
@@ -302,8 +306,9 @@ def pack_mask(mask: Tensor) -> Tensor:
     Returns:
         uint8, shape ``(ceil(n / 8),)``.
 
-    >>> pack_mask(torch.tensor([True, False, False, False, False, False, False, True, True]))
-    tensor([129, 128], dtype=torch.uint8)
+    Examples:
+        >>> pack_mask(torch.tensor([True, False, False, False, False, False, False, True, True]))
+        tensor([129, 128], dtype=torch.uint8)
     """
     bits = mask.detach().to("cpu", torch.uint8).reshape(-1)
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
