@@ -207,7 +207,7 @@ class CompressionSummary(pl.Callback):
             dense = measure_model(self._dense_copies[0], self._inputs, name="dense")
         compressed = measure_model(network, self._inputs, name="compressed")
         metrics = self._latest_metrics
-        if self._latest_state != _weights_and_zeros(network):
+        if metrics and self._latest_state != _weights_and_zeros(network):
             metrics = {}
             notes.append("The network was not validated after it was last changed.")
         if self._inputs is None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -58,6 +59,9 @@ class CompressionCLI(LightningCLI):
             seed_everything_default=0,
             args=args,
         )
+        # A process that exits with a live group may abort, when gloo's threads outlive it.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Put our own arguments before the Trainer's many."""

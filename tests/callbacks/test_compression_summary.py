@@ -12,10 +12,10 @@ from tests.callbacks.nets import Net, loader, same_weights, trainer
 WEIGHTS = 72 + 128 + 256
 
 
-def fit(summary, *, begin=0.5, module=None, ckpt_path=None, callbacks=(), **kwargs):
+def fit(summary, *, begin=0.5, end=0.75, module=None, ckpt_path=None, callbacks=(), **kwargs):
     torch.manual_seed(1)
     module = module or Net()
-    sparsity = MagnitudeSparsity(0.75, schedule=Schedule(begin=begin, end=0.75))
+    sparsity = MagnitudeSparsity(0.75, schedule=Schedule(begin=begin, end=end))
     runner = trainer(callbacks=[sparsity, *callbacks, summary], **kwargs)
     runner.fit(module, loader(), loader(32), ckpt_path=ckpt_path)
     return module, runner
@@ -70,7 +70,10 @@ def test_a_whole_sanity_check_gives_the_dense_metrics(tmp_path):
 
 def test_stale_metrics_are_not_reported(tmp_path):
     summary = summary_in(tmp_path)
-    fit(summary, begin=0, check_val_every_n_epoch=1, limit_val_batches=0)
+    fit(summary, begin=0, check_val_every_n_epoch=3, num_sanity_val_steps=0, max_epochs=4)
+    assert summary.report.compressed.metrics.keys() == {"val_loss"}
+    summary = summary_in(tmp_path)
+    fit(summary, begin=0, end=1.0, check_val_every_n_epoch=2, num_sanity_val_steps=0, max_epochs=3)
     assert summary.report.compressed.metrics == {}
     assert "not validated after" in summary.report.notes[0]
 
