@@ -143,7 +143,7 @@ def scaled():
         (ManualNet, ManualByHand, {"plugins": scaled}),
         (ManualNet, ManualByHand, {"precision": "bf16-mixed"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or " ".join(value) or "plain",
 )
 def test_trains_as_if_written_by_hand(kind, by_hand, kwargs):
     teacher = teacher_net()
