@@ -9,12 +9,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 
-__all__ = ["explain_unreadable_checkpoints", "refuse_nan_loss", "refuse_sharded_strategy"]
+__all__ = [
+    "explain_unreadable_checkpoints",
+    "refuse_nan_loss",
+    "refuse_sharded_strategy",
+    "refuse_spawned_processes",
+]
 
 
 def refuse_sharded_strategy(trainer: pl.Trainer, callback: str) -> None:
@@ -27,6 +33,19 @@ def refuse_sharded_strategy(trainer: pl.Trainer, callback: str) -> None:
         raise MisconfigurationException(
             f"{callback} needs whole parameters in every process, but "
             f"{type(trainer.strategy).__name__} shards them; use strategy='ddp' or a single device."
+        )
+
+
+def refuse_spawned_processes(trainer: pl.Trainer, callback: str) -> None:
+    """Refuse launchers under which the weights of worker processes are loaded into the main one.
+
+    Raises:
+        MisconfigurationException: If the strategy spawns or forks its processes.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise MisconfigurationException(
+            f"{callback} changes the shapes of weights, and with a strategy that spawns its "
+            "processes the main one would load them into the model as it was; use strategy='ddp'."
         )
 
 

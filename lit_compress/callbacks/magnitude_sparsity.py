@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -216,6 +216,16 @@ class MagnitudeSparsity(pl.Callback):
     ) -> None:
         """Let go of optimizers and other callbacks."""
         self._unbind()
+
+    def on_channels_cut(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        kept: Mapping[str, Mapping[int, Tensor]],
+    ) -> None:
+        """Cut the masks where ``ChannelPruning`` cut the weights."""
+        if self._weights is not None and self._masks_steps:
+            self._weights.cut(kept)
 
     # --- Checkpoints ------------------------------------------------------------------------------
 

@@ -288,9 +288,9 @@ def take(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
-    if tensor.dim() == 4 and not tensor.is_contiguous():
-        if tensor.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if channels_last and not tensor.is_contiguous():
+        return torch.channels_last
     return torch.contiguous_format
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_compress.compress.channel_groups import take
 from lit_compress.compress.patterns import SparsityPattern, Unstructured
 from lit_compress.compress.sparsity import magnitude_masks, pack_mask, unpack_mask
 
@@ -110,6 +111,20 @@ class MaskedWeights:
         """
         for name, p in self.parameters.items():
             p.masked_fill_(self.masks[name] == 0, 0.0)
+
+    @torch.no_grad()
+    def cut(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Follow a cut of the parameters: masks and removed values go with their channels.
+
+        Args:
+            kept: By parameter name and dimension: the indices that stayed. Parameters have the
+                shapes after the cut already.
+        """
+        for name, indices in kept.items():
+            if name in self.masks:
+                self.masks[name] = take(self.masks[name], indices)
+            if self.backups and name in self.backups:
+                self.backups[name] = take(self.backups[name], indices)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
