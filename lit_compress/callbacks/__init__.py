@@ -1,7 +1,14 @@
 """Lightning callbacks: thin glue between the Trainer and the pure code."""
 
+from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 
-__all__ = ["CompressionSummary", "Distillation", "FeatureMatching", "MagnitudeSparsity"]
+__all__ = [
+    "ChannelPruning",
+    "CompressionSummary",
+    "Distillation",
+    "FeatureMatching",
+    "MagnitudeSparsity",
+]

@@ -11,9 +11,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import DataLoader
@@ -47,10 +47,10 @@ class NetworkInput:
     def cut_to(self, batch_size: int) -> NetworkInput:
         """The same with fewer (or repeated) examples, or as it is if it holds no batch."""
         try:
-            args, kwargs = with_batch_size((self.args, self.kwargs), batch_size)
+            changed: Any = with_batch_size((self.args, self.kwargs), batch_size)
         except ValueError:
             return self
-        return NetworkInput(args, kwargs)
+        return NetworkInput(*changed)
 
     def as_example(self) -> ExampleInputs | None:
         """One example as ``measure`` takes it; ``None`` where arguments of both kinds are given."""
@@ -77,7 +77,11 @@ class TrainingSample:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, num_batches: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        network: nn.Module,
+        num_batches: int,
     ) -> None:
         self._trainer = trainer
         self._pl_module = pl_module
@@ -114,7 +118,7 @@ class TrainingSample:
         inputs = []
         try:
             with isolate_rng(), torch.no_grad(), calls.recording():
-                for batch in self.batches if step is not None else ():
+                for batch in self.batches:
                     step(batch, 0)
                     inputs += [NetworkInput(c.args, c.kwargs) for c in calls.take()[:1]]
         except Exception as error:
@@ -133,11 +137,11 @@ class TrainingSample:
             )
         return inputs
 
-    def _step(self, stand_in: pl.LightningModule) -> Callable[..., Any] | None:
+    def _step(self, stand_in: pl.LightningModule) -> Callable[..., Any]:
         if stand_in.automatic_optimization:
             return stand_in.training_step
         # A manual training step would step the optimizers.
-        return stand_in.validation_step if is_overridden("validation_step", stand_in) else None
+        return stand_in.validation_step if is_overridden("validation_step", stand_in) else _ignore
 
     def _stand_in(self) -> pl.LightningModule:
         """A copy of the module that logs nothing."""
@@ -187,10 +191,10 @@ def _beside(loader: Any) -> Any:
     """A loader over the same data that begins at the beginning and has a life of its own."""
     beside = copy.copy(loader)
     if isinstance(beside, DataLoader):
-        sampler = copy.copy(beside.sampler)
+        sampler: Any = copy.copy(beside.sampler)
         if isinstance(getattr(sampler, "generator", None), torch.Generator):
             sampler.generator = torch.Generator().manual_seed(_SEED)
-        batch_sampler = copy.copy(beside.batch_sampler)
+        batch_sampler: Any = copy.copy(beside.batch_sampler)
         if getattr(batch_sampler, "sampler", None) is beside.sampler:
             batch_sampler.sampler = sampler
         # A DataLoader guards these against being set after it is made.

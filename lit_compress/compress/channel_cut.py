@@ -84,12 +84,14 @@ def cut_optimizer_state(
         optimizer: The optimizer; its ``param_groups`` are not touched.
         parameters: The parameters by name, cut already.
         kept: What stays of each parameter.
-        old: The shapes of the parameters before the cut, by name. State of that shape is cut, as are sums over a
-            dimension of it; other state (step counts) stays.
+        old: The shapes of the parameters before the cut, by name. State of that
+            shape is cut, as are sums over a dimension of it; other state (step counts) stays.
     """
     for name, indices in kept.items():
-        state = optimizer.state.get(parameters[name]) if name in parameters else None
-        for key, value in list(state.items()) if state else ():
+        if name not in parameters or parameters[name] not in optimizer.state:
+            continue
+        state = optimizer.state[parameters[name]]
+        for key, value in list(state.items()):
             if isinstance(value, Tensor) and value.dim() == len(old[name]) > 0:
                 # Adafactor keeps sums over rows and columns: their dimension of size 1 stays.
                 own = {d: i for d, i in indices.items() if value.shape[d] == old[name][d]}

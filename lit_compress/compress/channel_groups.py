@@ -225,11 +225,9 @@ class ChannelGroups:
             held = axis.channels[axis.channels >= 0]
             size = axis.channels.numel() - held.numel()
             group_of = torch.bucketize(held, torch.tensor(self.starts[1:]), right=True)
-            for index, positions in zip(
-                *(part.tolist() for part in group_of.unique(return_counts=True)), strict=True
-            ):
-                group = self.groups[index]
-                size += positions * kept[group.name] // group.num_channels
+            positions = group_of.bincount(minlength=len(self.groups)).tolist()
+            for group, count in zip(self.groups, positions, strict=True):
+                size += count * kept[group.name] // group.num_channels
             sizes[axis.tensor, axis.dim] = size
         return sizes
 
@@ -296,5 +294,3 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 def _stays(axis: ChannelAxis, keep: Tensor) -> Tensor:
     return (axis.channels < 0) | keep[axis.channels.clamp(min=0)]
-
-

@@ -47,6 +47,16 @@ class ChannelPenalty:
             raise ValueError(f"kind is {self.kind!r}, expected 'l2' or 'group_lasso'.")
         check_moment("begin", self.begin)
 
+    def strength_at(self, now: int, begin: int, cut: int) -> float:
+        """The pull at a moment: 0 up to ``begin``, then a straight line to the full one at ``cut``.
+
+        Examples:
+            >>> penalty = ChannelPenalty(0.1)
+            >>> [penalty.strength_at(now, begin=10, cut=20) for now in (5, 10, 15, 20)]
+            [0.0, 0.0, 0.05, 0.1]
+        """
+        return self.strength * min(1.0, max(0, now - begin) / max(1, cut - begin))
+
 
 @torch.no_grad()
 def add_penalty(

@@ -148,7 +148,7 @@ def _permute(state: TraceState, args: Sequence[Any], out: Any) -> Labels:
     else:
         a, b = args[1] % ndim, args[2] % ndim
         order[a], order[b] = b, a
-    moved = []
+    moved: list[Array] = []
     for array in state.labels(args[0]):
         dims = support(array)
         if [d for d in order if d in dims] != list(dims):
@@ -397,8 +397,8 @@ def _reduce(state: TraceState, args: Sequence[Any], out: Any) -> Labels:
         args = [tensor, *args[2:]]
     if len(args) > 1 and isinstance(args[1], Tensor):
         return elementwise(state, args, out)  # max and min of two tensors
-    dims = args[1] if len(args) > 1 and args[1] is not None else ()
-    dims = [dims] if isinstance(dims, int) and not isinstance(dims, bool) else dims or ()
+    dims: Any = args[1] if len(args) > 1 and args[1] is not None else ()
+    dims = [dims] if isinstance(dims, int) else list(dims)
     gone = {d % tensor.dim() for d in dims} or set(range(tensor.dim()))
     result = out[0] if isinstance(out, (tuple, list)) else out
     keepdim = result.dim() == tensor.dim()

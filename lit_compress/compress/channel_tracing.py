@@ -48,8 +48,8 @@ def find_channel_groups(
     """Find out which channels of a model can be cut, and which only together.
 
     The model runs twice, in evaluation and in training mode, without gradients; its modes, buffers
-    and the random state are restored. Then copies are cut in every group and must give outputs of the
-    same shapes; groups without some of whose channels they do not are left alone.
+    and the random state are restored. Then copies are cut in every group and must give outputs of
+    the same shapes; groups without some of whose channels they do not are left alone.
 
     Args:
         model: Any module that runs.
@@ -71,11 +71,11 @@ def find_channel_groups(
     return _without_failures(model, forward, groups, shapes)
 
 
-class _Trace(TorchDispatchMode):
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rules while the model runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.state = TraceState()
         self.axes: dict[tuple[str, int], Array] = {}
@@ -153,7 +153,10 @@ class _Trace(TorchDispatchMode):
             self.state.see(first, Traced(labels, is_weight=is_view))
 
     def _begin(self, name: str, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or id(tensor) in self._names:
+        if (
+            isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+            or id(tensor) in self._names
+        ):
             return
         self._names[id(tensor)] = name
         layer = self.model.get_submodule(name.rpartition(".")[0])
@@ -198,7 +201,9 @@ class _Grouping:
                 break
             members = [m for m in members if not set(m) & failed]
         members.sort(key=self._first_use)
-        groups, ids, names = [], {}, set()
+        groups: list[ChannelGroup] = []
+        ids: dict[int, int] = {}
+        names: set[str] = set()
         for classes in members:
             base = name = self._producers(classes[0])[0][0].rpartition(".")[0] or "(root)"
             number = 1

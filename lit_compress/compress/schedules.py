@@ -208,6 +208,18 @@ class Ramp:
             return self.end
         return self.begin + (now - self.begin) // self.every * self.every
 
+    def next_point(self, now: int) -> int:
+        """The first moment after ``now`` at which an update is due, or the end if there is none.
+
+        Examples:
+            >>> ramp = Ramp("linear", begin=10, end=25, every=10)
+            >>> [ramp.next_point(now) for now in (0, 10, 20, 25)]
+            [10, 20, 25, 25]
+        """
+        if now < self.begin:
+            return self.begin
+        return min(self.end, self.begin + ((now - self.begin) // self.every + 1) * self.every)
+
     def value(self, now: int, initial: float, final: float) -> float:
         """The scheduled value, constant outside of the ramp.
 
