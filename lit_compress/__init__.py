@@ -1,8 +1,12 @@
 """Model compression for PyTorch Lightning: callbacks for your Trainer and an honest report."""
 
+from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
+from lit_compress.callbacks.loading import load_compressed
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.compress.channel_penalty import ChannelPenalty
+from lit_compress.compress.channel_plan import ChannelPlan
 from lit_compress.compress.schedules import Schedule
 from lit_compress.measure import (
     CompressionReport,
@@ -14,6 +18,9 @@ from lit_compress.measure import (
 )
 
 __all__ = [
+    "ChannelPenalty",
+    "ChannelPlan",
+    "ChannelPruning",
     "CompressionReport",
     "CompressionSummary",
     "Distillation",
@@ -23,6 +30,7 @@ __all__ = [
     "Schedule",
     "compare_latency",
     "count_macs",
+    "load_compressed",
     "measure_latency",
     "measure_model",
 ]

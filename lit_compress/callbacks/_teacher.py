@@ -17,7 +17,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_compress.callbacks._network_calls import NetworkCall, NetworkCalls
-from lit_compress.compress.weight_files import read_weights
+from lit_compress.compress.structure import record_of
+from lit_compress.compress.structure_record import STRUCTURE_KEY
+from lit_compress.compress.weight_files import read_checkpoint
 
 __all__ = ["Teacher", "TeacherFile", "copy_network", "digest", "read_remote"]
 
@@ -71,7 +73,9 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeacherFile:
-    """Where the weights of a snapshot lie: plain state dict, beside the checkpoints.
+    """Where the weights of a snapshot lie, beside the checkpoints.
+
+    It is a plain state dict, or has one beside the structure record of a network that was cut.
 
     Attributes:
         sha256: Digest of the names, types, shapes and contents of the weights.
@@ -86,15 +90,22 @@ class TeacherFile:
         """The file's name."""
         return f"distillation-teacher-{self.sha256[:12]}.pt"
 
-    def write(self, weights: Mapping[str, Any], directory: str) -> None:
-        """Write the weights into a directory, all of the file or nothing."""
-        TorchCheckpointIO().save_checkpoint(dict(weights), os.path.join(directory, self.name))
+    def write(self, network: nn.Module, directory: str) -> None:
+        """Write a network's weights into a directory, all of the file or nothing."""
+        content: dict[str, Any] = dict(network.state_dict())
+        record = record_of(network)
+        if record:
+            content = {"state_dict": content, STRUCTURE_KEY: record.to_plain()}
+        TorchCheckpointIO().save_checkpoint(content, os.path.join(directory, self.name))
 
     def read(self, beside: str | Path | None) -> dict[str, Any]:
-        """Read the weights from beside a checkpoint, or else from where they were written.
+        """Read the file from beside a checkpoint, or else from where it was written.
 
         Args:
             beside: The checkpoint that is being resumed.
+
+        Returns:
+            The weights under ``state_dict``, and the structure record if there is one.
 
         Raises:
             FileNotFoundError: If the file is in neither place.
@@ -104,17 +115,17 @@ class TeacherFile:
         paths = [os.path.join(place, self.name) for place in [*places, self.directory]]
         for path in paths:
             try:
-                weights = read_weights(path, read_remote)
+                content = read_checkpoint(path, read_remote)
             except FileNotFoundError:
                 continue
-            if digest(weights) != self.sha256:
+            found = digest(content["state_dict"])
+            if found != self.sha256:
                 raise ValueError(
                     f"The teacher's weights in {path} are not those that the checkpoint was "
-                    f"trained with (expected digest {self.sha256[:12]}, got "
-                    f"{digest(weights)[:12]}). Restore the file from where the checkpoint was "
-                    "written."
+                    f"trained with (expected digest {self.sha256[:12]}, got {found[:12]}). "
+                    "Restore the file from where the checkpoint was written."
                 )
-            return weights
+            return content
         raise FileNotFoundError(
             f"The checkpoint was trained with a snapshot as its teacher, and {self.name} is "
             f"neither at {' nor at '.join(dict.fromkeys(paths))}. Copy it beside the checkpoint, "

@@ -30,7 +30,7 @@ from lit_compress.callbacks._teacher import (
     digest,
     read_remote,
 )
-from lit_compress.compress.weight_files import load_weights, read_weights
+from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint
 
 __all__ = ["Distillation", "FeatureMatching"]
 
@@ -224,7 +224,7 @@ class Distillation(Callback):
         if self._snapshot is None or not self._teachers or not trainer.is_global_zero:
             return
         while self._directories:
-            self._snapshot.write(self._teachers[0].network.state_dict(), self._directories[0])
+            self._snapshot.write(self._teachers[0].network, self._directories[0])
             self._directories.pop(0)
 
     # --- The teacher ------------------------------------------------------------------------------
@@ -241,16 +241,16 @@ class Distillation(Callback):
         else:
             teacher = self._given[0]
         if self.checkpoint is not None:
-            weights = read_weights(self.checkpoint, read_remote)
-            load_weights(teacher, weights, self.checkpoint, _OTHER_ARCHITECTURE)
+            content = read_checkpoint(self.checkpoint, read_remote)
+            load_checkpoint(teacher, content, self.checkpoint, _OTHER_ARCHITECTURE)
         return teacher
 
     def _restore_snapshot(
         self, snapshot: TeacherFile, network: nn.Module, trainer: Trainer
     ) -> nn.Module:
         teacher = copy_network(network)
-        weights = snapshot.read(beside=trainer.ckpt_path)
-        load_weights(teacher, weights, snapshot.name, _OTHER_ARCHITECTURE)
+        content = snapshot.read(beside=trainer.ckpt_path)
+        load_checkpoint(teacher, content, snapshot.name, _OTHER_ARCHITECTURE)
         self._snapshot = TeacherFile(snapshot.sha256, self._directories[0])
         return teacher
 

@@ -1,4 +1,4 @@
-"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark``.
+"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark|analyze``.
 
 :func:`main` only chooses the command; the commands import what they need themselves, so that
 ``--help`` answers at once.
@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "Run a model over the prediction data.",
     "report": "Measure a checkpoint: sparsity, parameters, bytes; against a dense one if given.",
     "benchmark": "Time the model of a checkpoint beside the dense one.",
+    "analyze": "Cut each channel group alone, evaluate, and derive a plan.",
 }
 
 
@@ -80,6 +81,10 @@ def _load(command: str) -> Callable[[list[str]], object]:
         from lit_compress.cli.inspection import benchmark
 
         return benchmark
+    if command == "analyze":
+        from lit_compress.cli.analyze import analyze
+
+        return analyze
     from lit_compress.cli.training import CompressionCLI
 
     return lambda rest: CompressionCLI([command, *rest])

@@ -14,7 +14,7 @@ from torch import nn
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.stored_weights import StoredWeights
 from lit_compress.cli.subject import Subject, find_subject
-from lit_compress.compress.weight_files import load_weights, read_weights
+from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, read_weights
 from lit_compress.measure import (
     CompressionReport,
     ExampleInputs,
@@ -199,7 +199,7 @@ def _measures(
 
 def _fill(network: nn.Module, path: str) -> None:
     mend = "Give the configuration of the run that wrote them, as --config FILE."
-    load_weights(network, read_weights(path), path, mend)
+    load_checkpoint(network, read_checkpoint(path), path, mend)
 
 
 def _summary(measures: ModelMeasures) -> list[Table]:

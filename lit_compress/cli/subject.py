@@ -21,7 +21,7 @@ from lit_compress.compress.weight_files import read_checkpoint
 from lit_compress.measure import ExampleInputs
 from lit_compress.measure.inputs import with_batch_size
 
-__all__ = ["Subject", "find_subject"]
+__all__ = ["Subject", "find_subject", "quiet"]
 
 _OF_THE_TRAINER = ("accelerator", "strategy", "devices", "logger", "callbacks", "plugins")
 
@@ -71,7 +71,7 @@ class Subject:
             calls.remove()
 
     def _validate(self, limit_val_batches: int | float) -> Mapping[str, float]:
-        with _quiet():
+        with quiet():
             trainer = Trainer(
                 accelerator="cpu",
                 logger=False,
@@ -104,12 +104,12 @@ class _ModelOnlyCLI(CompressionCLI):
 
 
 def find_subject(
-    checkpoint: str, configs: Sequence[str], input_shape: tuple[int, ...] | None
+    checkpoint: str | None, configs: Sequence[str], input_shape: tuple[int, ...] | None
 ) -> Subject | None:
     """Build the model that a checkpoint is of.
 
     Args:
-        checkpoint: Path of the checkpoint.
+        checkpoint: Path of the checkpoint; without one, configurations alone say what to build.
         configs: Configurations of the run. Without one, the ``config.yaml`` that ``fit`` wrote is
             looked for (beside the checkpoint, or beside its folder ``checkpoints``), then the class
             that the checkpoint itself names.
@@ -122,13 +122,11 @@ def find_subject(
         FileNotFoundError: If the checkpoint is missing.
         ValueError: If it cannot be read.
     """
-    content = read_checkpoint(checkpoint)
-    folder = Path(checkpoint).resolve().parent
-    beside = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
-    files = list(configs) or ([str(beside)] if beside.is_file() else [])
+    content = {} if checkpoint is None else read_checkpoint(checkpoint)
+    files = list(configs) or ([] if checkpoint is None else _beside(checkpoint))
     if files:
         arguments = [f"--config={file}" for file in files]
-        with _quiet():
+        with quiet():
             cli = _ModelOnlyCLI(["fit", *arguments, "--ckpt_path=null"])
         return Subject(cli.model, cli.datamodule, input_shape)
     parameters = dict(content.get("hyper_parameters") or {})
@@ -137,9 +135,15 @@ def find_subject(
     return Subject(instantiate_module(LightningModule, parameters), None, input_shape)
 
 
+def _beside(checkpoint: str) -> list[str]:
+    folder = Path(checkpoint).resolve().parent
+    file = (folder.parent if folder.name == "checkpoints" else folder) / "config.yaml"
+    return [str(file)] if file.is_file() else []
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the Trainer's words on accelerators, seeds and how it could be faster."""
+def quiet() -> Iterator[None]:
+    """Run without the Trainer's words on accelerators, seeds and how it could be faster."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:

@@ -13,6 +13,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
@@ -23,16 +24,17 @@ from lit_compress.compress.weight_files import read_checkpoint
 __all__ = ["NAMED_CALLBACKS", "CompressionCLI"]
 
 # In the order in which they stand in the Trainer: what watches the network comes before what
-# changes its weights. The user's own callbacks come between them and the summary.
+# changes its weights, and what removes them before what sets them to zero. The user's own callbacks come between them and the summary.
 NAMED_CALLBACKS: dict[str, type[Callback]] = {
     "distillation": Distillation,
+    "pruning": ChannelPruning,
     "sparsity": MagnitudeSparsity,
     "summary": CompressionSummary,
 }
 
 
 class CompressionCLI(LightningCLI):
-    """LightningCLI with ``--sparsity``, ``--distillation``, ``--summary`` and ``--assets``.
+    """LightningCLI with the callbacks of :data:`NAMED_CALLBACKS` and ``--assets``.
 
     A named callback takes part when any of its keys is given, on the command line or in a YAML
     file; later files and arguments change single keys, and ``null`` takes it out again.

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.layers import plain_name
+from lit_compress.compress.structure import record_of, replay, values_after
+from lit_compress.compress.structure_record import StructureRecord, Value
 
-__all__ = ["load_weights", "read_checkpoint", "read_weights"]
+__all__ = ["load_checkpoint", "load_weights", "read_checkpoint", "read_weights", "structure_for"]
 
 FilePath = str | os.PathLike[str]
 
@@ -70,44 +72,102 @@ def read_weights(path: FilePath, load: Callable[[FilePath], Any] | None = None) 
 def load_weights(
     network: nn.Module, weights: Mapping[str, Any], source: FilePath, mend: str
 ) -> None:
-    """Load weights into a network, whatever prefix they carry.
+    """Load bare weights into a network; as :func:`load_checkpoint`."""
+    load_checkpoint(network, {"state_dict": weights}, source, mend)
+
+
+def load_checkpoint(
+    network: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: FilePath,
+    mend: str,
+    strict: bool = True,
+) -> None:
+    """Load weights into a network, whatever prefix they carry and whatever cuts they saw.
 
     Args:
-        network: The network that takes the weights; unchanged if they do not fit.
-        weights: Tensors by name. Where they lie under a prefix, as in ``model.conv.weight``, it is
+        network: The network that takes the weights; unchanged if they do not fit. It gets the
+            structure that they need, see :func:`structure_for`.
+        checkpoint: Tensors by name under ``state_dict``, and a structure record if they are of a
+            network that was cut. Where the names have a prefix, as in ``model.conv.weight``, it is
             stripped, and what lies outside of it is ignored.
-        source: Where the weights came from, for the message.
-        mend: What to do where they do not fit, for the message.
+        source: Where the checkpoint came from, for the message.
+        mend: What to do where it does not fit, for the message.
+        strict: Whether each weight of the network must be there, and no other.
 
     Raises:
-        ValueError: If a weight is missing, has another shape, or is unknown to the network; the
-            first of them is named.
+        ValueError: If the structure record does not fit the network, or a weight is missing, has
+            another shape, or is unknown to the network; the first of them is named.
     """
-    keys = {plain_name(key): key for key in network.state_dict()}
-    own = {plain_name(key): value for key, value in network.state_dict().items()}
-    given = {plain_name(name): value for name, value in weights.items()}
-    prefix = _common_prefix(list(own), list(given))
+    state = network.state_dict()
+    keys = {plain_name(key): key for key in state}
+    given = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
+    prefix = _common_prefix(list(keys), list(given))
     given = {name[len(prefix) :]: v for name, v in given.items() if name.startswith(prefix)}
-    misfit = _first_misfit(own, given)
+    record = structure_for(network, checkpoint, prefix)
+    of_record = f"the structure record in {os.fspath(source)!r}"
+    resized = values_after(network, record, of_record)
+    expected = {name: resized.get(name, _shape(state[key])) for name, key in keys.items()}
+    misfit = _first_misfit(expected, given, strict)
     if misfit is not None:
         under = f" under {prefix!r}" if prefix else ""
         raise ValueError(
             f"the weights in {os.fspath(source)!r}{under} do not fit {type(network).__name__}: "
             f"{misfit}. {mend}"
         )
-    network.load_state_dict({keys[name]: value for name, value in given.items()})
+    replay(network, record, of_record)
+    fitting = {keys[name]: value for name, value in given.items() if name in keys}
+    network.load_state_dict(fitting, strict=strict)
+
+
+def structure_for(
+    network: nn.Module, checkpoint: Mapping[str, Any], prefix: str = ""
+) -> StructureRecord:
+    """The structure that a network must have to take the weights of a checkpoint.
+
+    It is what the checkpoint's own record says. Without one, the weights are of a network as it
+    was built, or else as the present one is, if they fit it.
+
+    Args:
+        network: A network as it was built, or that was cut.
+        checkpoint: Tensors by name under ``state_dict``, and perhaps a record.
+        prefix: What the names of the network's weights begin with in the checkpoint.
+
+    Raises:
+        ValueError: If what lies in the place of the record is none.
+    """
+    stored = StructureRecord.in_checkpoint(checkpoint)
+    if stored is not None:
+        return stored.under(prefix)
+    given = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
+    present = record_of(network)
+    fits = all(
+        tuple(given[prefix + name].shape) == size
+        for name, (_, size) in present.values().items()
+        if isinstance(given.get(prefix + name), Tensor)
+    )
+    return present if fits else StructureRecord()
 
 
 def _load(path: FilePath) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _first_misfit(own: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
-    for name, value in own.items():
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of a tensor; ``None`` for a lazy one and for extra state, which may be anything."""
+    is_sized = isinstance(value, Tensor) and not nn.parameter.is_lazy(value)
+    return tuple(value.shape) if is_sized else None
+
+
+def _first_misfit(own: Mapping[str, Value], given: Mapping[str, Any], strict: bool) -> str | None:
+    for name, shape in own.items():
         if name not in given:
-            return f"{name!r} is missing"
-        if isinstance(value, Tensor) and value.shape != given[name].shape:
-            return f"{name!r} has shape {tuple(given[name].shape)}, expected {tuple(value.shape)}"
+            if strict:
+                return f"{name!r} is missing"
+        elif shape is not None and given[name].shape != shape:
+            return f"{name!r} has shape {tuple(given[name].shape)}, expected {shape}"
+    if not strict:
+        return None
     return next((f"{name!r} is unknown to it" for name in given if name not in own), None)
 
 

@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from lit_compress.compress.weight_files import load_weights, read_checkpoint, read_weights
+from lit_compress.compress.structure import record_of
+from lit_compress.compress.structure_record import STRUCTURE_KEY, StructureRecord
+from lit_compress.compress.weight_files import (
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    structure_for,
+)
+from tests.slim_nets import chain, cut, widths
 
 MEND = "Give others."
 
@@ -86,3 +95,35 @@ def test_truncated_files_are_refused_and_left_alone(tmp_path, keep):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no file '.*gone.pt'"):
         read_weights(tmp_path / "gone.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_network_gets_the_structure_that_the_weights_need(prefix):
+    source, target = chain(), chain()
+    cut(source, 3, 2)
+    slim, whole = nn.Module(), chain().state_dict()
+    slim.model = source
+    record = record_of(source if not prefix else slim)
+    weights = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    checkpoint = {"state_dict": weights, STRUCTURE_KEY: record.to_plain()}
+    load_checkpoint(target, checkpoint, "file", MEND)
+    assert equal(target.state_dict(), source.state_dict())
+    assert structure_for(target, checkpoint, prefix) == record_of(target) == record_of(source)
+    load_checkpoint(target, {"state_dict": weights}, "file", MEND)  # as it is
+    assert widths(target) == (3, 2)
+    load_weights(target, whole, "file", MEND)  # as it was dense
+    assert equal(target.state_dict(), whole)
+    assert record_of(target) == StructureRecord()
+
+
+def test_without_strictness_weights_may_be_missing_or_unknown_but_must_fit():
+    source, target = net(), net()
+    weights = {**source.state_dict(), "9.bias": torch.ones(1)}
+    kept = target[0].bias.detach().clone()
+    del weights["0.bias"]
+    load_checkpoint(target, {"state_dict": weights}, "file", MEND, strict=False)
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert torch.equal(target[0].bias, kept)
+    weights["0.bias"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"'0.bias' has shape \(4,\), expected \(3,\)"):
+        load_checkpoint(target, {"state_dict": weights}, "file", MEND, strict=False)

@@ -1,0 +1,407 @@
+"""``lit-compress analyze``: how much each channel group matters, and a plan from it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lit_compress.callbacks import tracking
+from lit_compress.callbacks._resident_validation import ResidentValidation, record_validation
+from lit_compress.cli.parsing import CommandParser
+from lit_compress.cli.subject import Subject, find_subject, quiet
+from lit_compress.compress.channel_groups import ChannelGroups
+from lit_compress.compress.channel_importance import channel_importance
+from lit_compress.compress.channel_plan import ChannelPlan
+from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint
+from lit_compress.measure.inputs import as_call, with_batch_size
+from lit_compress.search.sensitivity import planned_points, sensitivity_curves
+from lit_compress.search.sensitivity_result import Mode, SensitivityResult
+
+__all__ = ["analyze"]
+
+_MOST_PANELS = 4
+_LESS_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
+
+
+def analyze(args: Sequence[str]) -> None:
+    """Cut each channel group alone, evaluate, and write curves, plot and plan into a folder.
+
+    An interrupted analysis goes on where it stopped, when it is started again.
+
+    Args:
+        args: The command's arguments; see ``lit-compress analyze --help``.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged or does not fit the model, an option is out of range, the
+            model or its data are not known, nothing can be cut, the metric is not logged, or the
+            folder holds the analysis of another model or setting.
+        MisconfigurationException: If the module has no ``validation_step`` or no data for it.
+    """
+    options = _parser().parse_args(list(args))
+    ratios = _ratios(options)
+    logger = None
+    if options.wandb is not None:
+        logger = WandbLogger(project=options.wandb, save_dir=options.output)
+    subject = _filled_subject(options)
+    network = subject.network
+    groups = _channel_groups(subject, options.ignored_layers)
+    planned_points(groups, ratios)  # refuses what cannot be, before validation runs
+
+    trainer = _trainer(options, limit_val_batches=options.limit_val_batches)
+    with quiet():
+        batches, dense = record_validation(trainer, subject.module, subject.data)
+    device = trainer.strategy.root_device
+    subject.module.to(device)
+    validation = ResidentValidation(subject.module, network, batches, trainer)
+    metric, mode = _chosen_metric(options.metric, options.mode, tuple(dense))
+    setting = _setting(options, subject, len(batches))
+    file = Path(options.output) / "sensitivity.json"
+    done = _interrupted(file, groups, setting, dense) if file.is_file() else None
+
+    scores = channel_importance(network, groups, options.importance)
+    tune = _tuning(options, subject, validation, device) if options.tuning_steps else None
+    with _Progress(len(planned_points(groups, ratios)), file, dense) as progress, quiet():
+        result = sensitivity_curves(
+            network, groups, scores, validation, ratios, tune, done, progress, setting
+        )
+    plan = result.derive_plan(options.tolerance, metric, mode, round_to=options.round_to)
+    _hand_over(result, plan, metric, mode, Path(options.output), options.tolerance, logger)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="lit-compress analyze",
+        description="Cut each channel group alone, evaluate what is left, and derive a plan.",
+        usage="lit-compress analyze [CHECKPOINT] [--config FILE]... [options]",
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=str, help="A Lightning checkpoint or a state dict.")
+    add(
+        "-c",
+        "--config",
+        action="append",
+        type=str,
+        help="The run's configuration, as given to fit; by default the config.yaml beside the "
+        "checkpoint. Without a checkpoint, the model as the configuration builds it.",
+    )
+    add("--input_shape", "--input-shape", type=str | None, help="Of one example, as in 3,32,32.")
+    add("--assets", type=str | None, help="Folder with data/ and weights/.")
+    add("--output", type=str, default="sensitivity", help="Folder for what is found.")
+    add("--steps", type=int, default=8, help="Points of each group, beside the baseline.")
+    add(
+        "--max_ratio",
+        "--max-ratio",
+        type=float,
+        default=0.9,
+        help="Channels removed / original at the last point.",
+    )
+    add(
+        "--tuning_steps",
+        "--tuning-steps",
+        type=int,
+        default=0,
+        help="Optimizer steps that each slim copy is tuned for, to be evaluated again.",
+    )
+    add(
+        "--importance",
+        type=Literal["l1", "l2", "bn_scale", "fpgm", "lamp"],
+        default="l2",
+        help="Which channels stay.",
+    )
+    add(
+        "--ignored_layers",
+        "--ignored-layers",
+        type=list[str],
+        default=[],
+        help="Name patterns of layers to leave whole, as in '[layer1.*]'.",
+    )
+    add("--tolerance", type=float, default=0.01, help="Loss of metric that the plan may cost.")
+    add("--metric", type=str | None, help="What the plan goes by; by default top-1 or accuracy.")
+    add(
+        "--mode",
+        type=Literal["max", "min"] | None,
+        help="Whether more of the metric is better; by default told by its name.",
+    )
+    add("--round_to", "--round-to", type=int, default=8, help="Of the channels kept in the plan.")
+    add(
+        "--limit_val_batches",
+        "--limit-val-batches",
+        type=int | float | None,
+        help="Validate on so many batches, or such a part of them.",
+    )
+    add("--accelerator", type=str, default="auto", help="As for the Trainer.")
+    add("--wandb", type=str | None, help="Log table, plot and files to this W&B project.")
+    return parser
+
+
+def _ratios(options: Namespace) -> tuple[float, ...]:
+    if options.steps < 1:
+        raise ValueError(f"--steps is {options.steps}; expected at least 1.")
+    if not 0 < options.max_ratio < 1:
+        raise ValueError(f"--max-ratio is {options.max_ratio}; expected a number in (0, 1).")
+    if options.tuning_steps < 0:
+        raise ValueError(f"--tuning-steps is {options.tuning_steps}; expected at least 0.")
+    if options.round_to < 1:
+        raise ValueError(f"--round-to is {options.round_to}; expected at least 1.")
+    if not 0 <= options.tolerance < math.inf:
+        raise ValueError(f"--tolerance is {options.tolerance}; expected a number of at least 0.")
+    return tuple(options.max_ratio * step / options.steps for step in range(1, options.steps + 1))
+
+
+# --- The model and its data -----------------------------------------------------------------------
+
+
+def _filled_subject(options: Namespace) -> Subject:
+    if options.assets is not None:
+        os.environ["LIT_COMPRESS_ASSETS"] = options.assets
+    shape = None
+    if options.input_shape:
+        shape = tuple(int(part) for part in options.input_shape.split(","))
+    subject = find_subject(options.checkpoint, options.config or (), shape)
+    if subject is None:
+        raise ValueError(
+            "nothing says which model to analyze; give the configuration of its run as "
+            "--config FILE."
+        )
+    if options.checkpoint is not None:
+        mend = "Give the configuration of the run that wrote them, as --config FILE."
+        content = read_checkpoint(options.checkpoint)
+        load_checkpoint(subject.network, content, options.checkpoint, mend)
+    return subject
+
+
+def _channel_groups(subject: Subject, ignored_layers: Sequence[str]) -> ChannelGroups:
+    inputs = subject.example_inputs()
+    if inputs is None:
+        raise ValueError(
+            "nothing says what input the model takes; give a configuration with data, or the shape "
+            "of one example, as in --input-shape 3,32,32."
+        )
+    args, kwargs = as_call(with_batch_size(inputs, 2))
+    return find_channel_groups(
+        subject.network, lambda model: model(*args, **kwargs), ignored_layers
+    )
+
+
+def _trainer(options: Namespace, **limits: Any) -> Trainer:
+    """A Trainer that leaves no trace."""
+    with quiet():
+        return Trainer(
+            accelerator=options.accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **limits,
+        )
+
+
+def _tuning(
+    options: Namespace, subject: Subject, validation: ResidentValidation, device: torch.device
+) -> Callable[[nn.Module], None]:
+    """Trains as the module says, each copy with the same seed."""
+
+    def tune(network: nn.Module) -> None:
+        module = validation.module_with(network)
+        trainer = _trainer(
+            options, max_steps=options.tuning_steps, limit_val_batches=0, num_sanity_val_steps=0
+        )
+        with isolate_rng():
+            torch.manual_seed(0)
+            trainer.fit(module, subject.data)
+        module.to(device)
+
+    return tune
+
+
+# --- What it depends on ---------------------------------------------------------------------------
+
+
+def _chosen_metric(
+    metric: str | None, mode: Mode | None, names: tuple[str, ...]
+) -> tuple[str, Mode]:
+    """The metric that the plan goes by, and whether more of it is better."""
+    if not names:
+        raise ValueError(
+            "validation_step logs nothing; have it log the metric that the plan is to go by, as in "
+            "self.log('val_acc', accuracy)."
+        )
+    if metric is None:
+        likely = [n for key in ("top1", "acc") for n in names if key in n.lower()]
+        if not likely and len(names) > 1:
+            raise ValueError(
+                "--metric is needed: which of the metrics that are logged is the plan to go by, "
+                f"{', '.join(map(repr, names))}?"
+            )
+        metric = (likely or names)[0]
+    if metric not in names:
+        near = difflib.get_close_matches(metric, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"--metric {metric!r} is not logged by the validation; what is: "
+            f"{', '.join(map(repr, names))}.{hint}"
+        )
+    if mode is None:
+        mode = "min" if any(word in metric.lower() for word in _LESS_IS_BETTER) else "max"
+    return metric, mode
+
+
+def _setting(options: Namespace, subject: Subject, num_batches: int) -> dict[str, str]:
+    """What the points of an analysis depend on, so that no other is continued."""
+    setting = {
+        "model": f"{type(subject.module).__name__}, {type(subject.network).__name__}",
+        "weights": _digest(subject.network),
+        "importance": options.importance,
+        "validation_batches": str(num_batches),
+        "tuning_steps": str(options.tuning_steps),
+    }
+    if options.tuning_steps:
+        setting["hyperparameters"] = _shown_hyperparameters(subject.module)
+    return setting
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _shown_hyperparameters(module: LightningModule) -> str:
+    return ", ".join(
+        f"{key}={value!r}" for key, value in sorted(module.hparams.items()) if key[0] != "_"
+    )
+
+
+def _interrupted(
+    file: Path, groups: ChannelGroups, setting: Mapping[str, str], dense: Mapping[str, float]
+) -> SensitivityResult:
+    """The analysis in the file, if it is one to be continued."""
+    mend = "Give another folder as --output, or remove the file to begin anew."
+    try:
+        done = SensitivityResult.load(file)
+        done.check(groups, setting)
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} holds another analysis: {error} {mend}") from error
+    for name in _differing(done.baseline.metrics, dense):
+        raise ValueError(
+            f"{str(file)!r} holds an analysis on other data: {name!r} of the whole model was "
+            f"{done.baseline.metrics.get(name)} and is {dense.get(name)}. {mend}"
+        )
+    return done
+
+
+def _differing(one: Mapping[str, float], other: Mapping[str, float]) -> list[str]:
+    """Metrics that are more apart than rounding explains."""
+    return [
+        name
+        for name in dict.fromkeys((*one, *other))
+        if not math.isclose(
+            one.get(name, math.nan), other.get(name, math.nan), rel_tol=1e-3, abs_tol=1e-5
+        )
+        and not (math.isnan(one.get(name, 0.0)) and math.isnan(other.get(name, 0.0)))
+    ]
+
+
+# --- On the way and at the end --------------------------------------------------------------------
+
+
+class _Progress:
+    """Saves after every point, and moves a bar on a terminal."""
+
+    def __init__(self, total: int, file: Path, dense: Mapping[str, float]) -> None:
+        self._bar = Tqdm(total=total, desc="analyze", unit="point", file=sys.stderr, disable=None)
+        self._file = file
+        self._dense = dense
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, result: SensitivityResult) -> None:
+        if not result.points:
+            self._compare(result.baseline.metrics)
+        result.save(self._file)
+        self._bar.n = min(len(result.points), self._bar.total)
+        self._bar.refresh()
+
+    def _compare(self, baseline: Mapping[str, float]) -> None:
+        for name in _differing(baseline, self._dense):
+            print(
+                f"lit-compress analyze: warning: {name!r} is {baseline.get(name)} here and was "
+                f"{self._dense.get(name)} in Trainer.validate. Does the validation use random "
+                "numbers, change its batches in place, or log in a way of its own?",
+                file=sys.stderr,
+            )
+
+
+def _hand_over(
+    result: SensitivityResult,
+    plan: ChannelPlan,
+    metric: str,
+    mode: Mode,
+    folder: Path,
+    tolerance: float,
+    logger: WandbLogger | None,
+) -> None:
+    """Print, write and log what was found."""
+    files = [folder / "sensitivity.json", folder / "plan.json"]
+    plan.save(files[1])
+    ways = (False, True) if result.is_tuned else (False,)
+    print("\n\n".join(result.table(metric, tuned) for tuned in ways))
+    _warn_of_harmful_tuning(result, metric, mode, tolerance)
+    print(f"\nPlan at a tolerance of {tolerance:g} in {metric}, each group by itself:\n{plan}")
+    others = [name for name in result.metrics if name != metric]
+    shown = (metric, *others)[:_MOST_PANELS]
+    pictures = []
+    try:
+        pictures.append(result.plot(folder / "sensitivity.png", shown))
+    except ModuleNotFoundError as error:
+        print(f"lit-compress analyze: warning: {error}", file=sys.stderr)
+    print(f"\nWritten: {', '.join(map(str, [*files, *pictures]))}")
+    if logger is not None:
+        with quiet():
+            trainer = Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False)
+        for tuned in ways:
+            header, *rows = result.rows(metric, tuned)
+            key = "sensitivity/tuned" if tuned else "sensitivity/curves"
+            tracking.log_table(trainer, key, header, rows)
+        tracking.log_images(trainer, "sensitivity/plot", pictures)
+        metadata = {"metric": metric, "tolerance": tolerance}
+        tracking.log_artifact(trainer, "sensitivity", "analysis", [*files, *pictures], metadata)
+        logger.experiment.finish()
+
+
+def _warn_of_harmful_tuning(
+    result: SensitivityResult, metric: str, mode: Mode, tolerance: float
+) -> None:
+    if not result.is_tuned:
+        return
+    before, after = (result.baseline.value(metric, tuned) for tuned in (False, True))
+    if (before - after if mode == "max" else after - before) > tolerance:
+        print(
+            f"lit-compress analyze: warning: the tuning alone takes {metric!r} of the whole model "
+            f"from {before:.4f} to {after:.4f}; its learning rate is too high for a trained model, "
+            "or the steps too few. The plan holds the points against the former.",
+            file=sys.stderr,
+        )
