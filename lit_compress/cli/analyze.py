@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -21,7 +21,8 @@ from torch import nn
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._resident_validation import ResidentValidation, record_validation
-from lit_compress.cli.parsing import CommandParser
+from lit_compress.cli.analysis_options import analysis_parser, checked_ratios
+from lit_compress.cli.inspection import numbers
 from lit_compress.cli.subject import Subject, find_subject, quiet
 from lit_compress.compress.channel_groups import ChannelGroups
 from lit_compress.compress.channel_importance import channel_importance
@@ -53,14 +54,15 @@ def analyze(args: Sequence[str]) -> None:
             folder holds the analysis of another model or setting.
         MisconfigurationException: If the module has no ``validation_step`` or no data for it.
     """
-    options = _parser().parse_args(list(args))
-    ratios = _ratios(options)
+    options = analysis_parser().parse_args(list(args))
+    ratios = checked_ratios(options)
     logger = None
     if options.wandb is not None:
         logger = WandbLogger(project=options.wandb, save_dir=options.output)
     subject = _filled_subject(options)
     network = subject.network
-    groups = _channel_groups(subject, options.ignored_layers)
+    ignored = [glob.strip() for glob in options.ignored_layers.split(",") if glob.strip()]
+    groups = _channel_groups(subject, ignored)
     planned_points(groups, ratios)  # refuses what cannot be, before validation runs
 
     trainer = _trainer(options, limit_val_batches=options.limit_val_batches)
@@ -76,92 +78,21 @@ def analyze(args: Sequence[str]) -> None:
 
     scores = channel_importance(network, groups, options.importance)
     tune = _tuning(options, subject, validation, device) if options.tuning_steps else None
-    with _Progress(len(planned_points(groups, ratios)), file, dense) as progress, quiet():
+
+    def look_at_baseline(result: SensitivityResult) -> None:
+        _warn_of_other_numbers(result, dense)
+        result.derive_plan(options.tolerance, metric, mode)  # refuses what no plan can come of
+        _warn_of_harmful_tuning(result, metric, mode, options.tolerance)
+
+    if done is not None:
+        look_at_baseline(done)
+    total = len(planned_points(groups, ratios))
+    with _Progress(total, file, look_at_baseline) as progress, quiet():
         result = sensitivity_curves(
             network, groups, scores, validation, ratios, tune, done, progress, setting
         )
     plan = result.derive_plan(options.tolerance, metric, mode, round_to=options.round_to)
-    _hand_over(result, plan, metric, mode, Path(options.output), options.tolerance, logger)
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="lit-compress analyze",
-        description="Cut each channel group alone, evaluate what is left, and derive a plan.",
-        usage="lit-compress analyze [CHECKPOINT] [--config FILE]... [options]",
-    )
-    add = parser.add_argument
-    add("checkpoint", nargs="?", type=str, help="A Lightning checkpoint or a state dict.")
-    add(
-        "-c",
-        "--config",
-        action="append",
-        type=str,
-        help="The run's configuration, as given to fit; by default the config.yaml beside the "
-        "checkpoint. Without a checkpoint, the model as the configuration builds it.",
-    )
-    add("--input_shape", "--input-shape", type=str | None, help="Of one example, as in 3,32,32.")
-    add("--assets", type=str | None, help="Folder with data/ and weights/.")
-    add("--output", type=str, default="sensitivity", help="Folder for what is found.")
-    add("--steps", type=int, default=8, help="Points of each group, beside the baseline.")
-    add(
-        "--max_ratio",
-        "--max-ratio",
-        type=float,
-        default=0.9,
-        help="Channels removed / original at the last point.",
-    )
-    add(
-        "--tuning_steps",
-        "--tuning-steps",
-        type=int,
-        default=0,
-        help="Optimizer steps that each slim copy is tuned for, to be evaluated again.",
-    )
-    add(
-        "--importance",
-        type=Literal["l1", "l2", "bn_scale", "fpgm", "lamp"],
-        default="l2",
-        help="Which channels stay.",
-    )
-    add(
-        "--ignored_layers",
-        "--ignored-layers",
-        type=list[str],
-        default=[],
-        help="Name patterns of layers to leave whole, as in '[layer1.*]'.",
-    )
-    add("--tolerance", type=float, default=0.01, help="Loss of metric that the plan may cost.")
-    add("--metric", type=str | None, help="What the plan goes by; by default top-1 or accuracy.")
-    add(
-        "--mode",
-        type=Literal["max", "min"] | None,
-        help="Whether more of the metric is better; by default told by its name.",
-    )
-    add("--round_to", "--round-to", type=int, default=8, help="Of the channels kept in the plan.")
-    add(
-        "--limit_val_batches",
-        "--limit-val-batches",
-        type=int | float | None,
-        help="Validate on so many batches, or such a part of them.",
-    )
-    add("--accelerator", type=str, default="auto", help="As for the Trainer.")
-    add("--wandb", type=str | None, help="Log table, plot and files to this W&B project.")
-    return parser
-
-
-def _ratios(options: Namespace) -> tuple[float, ...]:
-    if options.steps < 1:
-        raise ValueError(f"--steps is {options.steps}; expected at least 1.")
-    if not 0 < options.max_ratio < 1:
-        raise ValueError(f"--max-ratio is {options.max_ratio}; expected a number in (0, 1).")
-    if options.tuning_steps < 0:
-        raise ValueError(f"--tuning-steps is {options.tuning_steps}; expected at least 0.")
-    if options.round_to < 1:
-        raise ValueError(f"--round-to is {options.round_to}; expected at least 1.")
-    if not 0 <= options.tolerance < math.inf:
-        raise ValueError(f"--tolerance is {options.tolerance}; expected a number of at least 0.")
-    return tuple(options.max_ratio * step / options.steps for step in range(1, options.steps + 1))
+    _hand_over(result, plan, metric, Path(options.output), options.tolerance, logger)
 
 
 # --- The model and its data -----------------------------------------------------------------------
@@ -170,9 +101,7 @@ def _ratios(options: Namespace) -> tuple[float, ...]:
 def _filled_subject(options: Namespace) -> Subject:
     if options.assets is not None:
         os.environ["LIT_COMPRESS_ASSETS"] = options.assets
-    shape = None
-    if options.input_shape:
-        shape = tuple(int(part) for part in options.input_shape.split(","))
+    shape = numbers(options.input_shape, "--input-shape") if options.input_shape else None
     subject = find_subject(options.checkpoint, options.config or (), shape)
     if subject is None:
         raise ValueError(
@@ -325,12 +254,20 @@ def _differing(one: Mapping[str, float], other: Mapping[str, float]) -> list[str
 
 
 class _Progress:
-    """Saves after every point, and moves a bar on a terminal."""
+    """Saves after every point, and moves a bar on a terminal.
 
-    def __init__(self, total: int, file: Path, dense: Mapping[str, float]) -> None:
+    Args:
+        total: Points that there will be.
+        file: Where they are saved.
+        on_baseline: Called before the baseline is saved; may raise.
+    """
+
+    def __init__(
+        self, total: int, file: Path, on_baseline: Callable[[SensitivityResult], None]
+    ) -> None:
         self._bar = Tqdm(total=total, desc="analyze", unit="point", file=sys.stderr, disable=None)
         self._file = file
-        self._dense = dense
+        self._on_baseline = on_baseline
 
     def __enter__(self) -> _Progress:
         return self
@@ -340,26 +277,42 @@ class _Progress:
 
     def __call__(self, result: SensitivityResult) -> None:
         if not result.points:
-            self._compare(result.baseline.metrics)
+            self._on_baseline(result)
         result.save(self._file)
         self._bar.n = min(len(result.points), self._bar.total)
         self._bar.refresh()
 
-    def _compare(self, baseline: Mapping[str, float]) -> None:
-        for name in _differing(baseline, self._dense):
-            print(
-                f"lit-compress analyze: warning: {name!r} is {baseline.get(name)} here and was "
-                f"{self._dense.get(name)} in Trainer.validate. Does the validation use random "
-                "numbers, change its batches in place, or log in a way of its own?",
-                file=sys.stderr,
-            )
+
+def _warn_of_other_numbers(result: SensitivityResult, dense: Mapping[str, float]) -> None:
+    baseline = result.baseline.metrics
+    for name in _differing(baseline, dense):
+        print(
+            f"lit-compress analyze: warning: {name!r} is {baseline.get(name)} here and was "
+            f"{dense.get(name)} in Trainer.validate. Does the validation use random numbers, "
+            "change its batches in place, or log in a way of its own?",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_harmful_tuning(
+    result: SensitivityResult, metric: str, mode: Mode, tolerance: float
+) -> None:
+    if not result.is_tuned:
+        return
+    before, after = (result.baseline.value(metric, tuned) for tuned in (False, True))
+    if (before - after if mode == "max" else after - before) > tolerance:
+        print(
+            f"lit-compress analyze: warning: the tuning alone takes {metric!r} of the whole model "
+            f"from {before:.4f} to {after:.4f}; its learning rate is too high for a trained model, "
+            "or the steps too few. The plan holds the points against the former.",
+            file=sys.stderr,
+        )
 
 
 def _hand_over(
     result: SensitivityResult,
     plan: ChannelPlan,
     metric: str,
-    mode: Mode,
     folder: Path,
     tolerance: float,
     logger: WandbLogger | None,
@@ -369,7 +322,6 @@ def _hand_over(
     plan.save(files[1])
     ways = (False, True) if result.is_tuned else (False,)
     print("\n\n".join(result.table(metric, tuned) for tuned in ways))
-    _warn_of_harmful_tuning(result, metric, mode, tolerance)
     print(f"\nPlan at a tolerance of {tolerance:g} in {metric}, each group by itself:\n{plan}")
     others = [name for name in result.metrics if name != metric]
     shown = (metric, *others)[:_MOST_PANELS]
@@ -390,18 +342,3 @@ def _hand_over(
         metadata = {"metric": metric, "tolerance": tolerance}
         tracking.log_artifact(trainer, "sensitivity", "analysis", [*files, *pictures], metadata)
         logger.experiment.finish()
-
-
-def _warn_of_harmful_tuning(
-    result: SensitivityResult, metric: str, mode: Mode, tolerance: float
-) -> None:
-    if not result.is_tuned:
-        return
-    before, after = (result.baseline.value(metric, tuned) for tuned in (False, True))
-    if (before - after if mode == "max" else after - before) > tolerance:
-        print(
-            f"lit-compress analyze: warning: the tuning alone takes {metric!r} of the whole model "
-            f"from {before:.4f} to {after:.4f}; its learning rate is too high for a trained model, "
-            "or the steps too few. The plan holds the points against the former.",
-            file=sys.stderr,
-        )

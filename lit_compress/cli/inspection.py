@@ -35,7 +35,7 @@ from lit_compress.measure.table import (
     shown,
 )
 
-__all__ = ["benchmark", "report"]
+__all__ = ["benchmark", "numbers", "report"]
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
@@ -103,8 +103,8 @@ def benchmark(args: Sequence[str]) -> None:
     parser.add_argument("--batch_sizes", "--batch-sizes", type=str, default="1", help="As in 1,8.")
     parser.add_argument("--repeats", type=int, default=30, help="Pairs of calls timed for each.")
     options = parser.parse_args(list(args))
-    threads = _numbers(options.threads, "--threads")
-    batch_sizes = _numbers(options.batch_sizes, "--batch-sizes")
+    threads = numbers(options.threads, "--threads")
+    batch_sizes = numbers(options.batch_sizes, "--batch-sizes")
     subject = _prepare(options)
     if subject is None:
         raise ValueError(
@@ -166,18 +166,23 @@ def _parser(command: str, description: str) -> CommandParser:
 def _prepare(options: Namespace) -> Subject | None:
     if options.assets is not None:
         os.environ["LIT_COMPRESS_ASSETS"] = options.assets
-    shape = options.input_shape and _numbers(options.input_shape, "--input-shape")
+    shape = options.input_shape and numbers(options.input_shape, "--input-shape")
     return find_subject(options.checkpoint, options.config or (), shape)
 
 
-def _numbers(text: str, option: str) -> tuple[int, ...]:
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """The positive numbers in an option's text, as in ``"1,2"``.
+
+    Raises:
+        ValueError: If it holds anything else; the option is named.
+    """
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        numbers = (0,)
-    if min(numbers) < 1:
+        found = (0,)
+    if min(found) < 1:
         raise ValueError(f"{option} is {text!r}; expected numbers from 1 up, as in 1,2.")
-    return numbers
+    return found
 
 
 # --- Measures -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from lit_compress import CompressionSummary, Distillation, MagnitudeSparsity
+from lit_compress import ChannelPruning, CompressionSummary, Distillation, MagnitudeSparsity
 from lit_compress.cli import main
 from lit_compress.cli.training import CompressionCLI
 
@@ -49,7 +49,8 @@ def write():
 
 def test_named_callback_is_absent_unless_given(config_of):
     config = config_of()
-    assert [config[name] for name in ("sparsity", "distillation", "summary")] == [None] * 3
+    names = ("distillation", "pruning", "sparsity", "summary")
+    assert [config[name] for name in names] == [None] * 4
 
 
 def test_named_callback_from_the_command_line(config_of):
@@ -64,6 +65,41 @@ def test_named_callback_from_yaml_with_a_single_key_changed(config_of, write):
     config = config_of(*files, "--sparsity.schedule.begin=0.2")
     assert config["sparsity"]["schedule"]["end"] == 0.7
     assert config["sparsity"]["schedule"]["begin"] == 0.2
+
+
+def test_pruning_with_schedule_and_penalty(config_of, write):
+    files = write("pruning: {target_macs_ratio: 0.5, schedule: {kind: linear, end: 0.5}}")
+    arguments = ["--pruning.schedule.update_every=0.1", "--pruning.penalty.strength=0.01"]
+    pruning = config_of(*files, *arguments)["pruning"]
+    assert pruning["target_macs_ratio"] == 0.5
+    assert pruning["schedule"]["kind"] == "linear"
+    assert (pruning["schedule"]["end"], pruning["schedule"]["update_every"]) == (0.5, 0.1)
+    assert pruning["penalty"] == {"strength": 0.01, "kind": "l2", "begin": 0}
+
+
+def test_pruning_by_name_pattern_list_and_plan(config_of, write):
+    by_name = config_of(*write("pruning: {pruning_ratio: {'0': 0.5, '*': 0.25}}"))["pruning"]
+    assert by_name["pruning_ratio"] == {"0": 0.5, "*": 0.25}
+    by_list = config_of("--pruning.pruning_ratio=[0.5,0.25]")["pruning"]
+    assert by_list["pruning_ratio"] == [0.5, 0.25]
+    assert config_of("--pruning.plan=plan.json")["pruning"]["plan"] == "plan.json"
+
+
+def test_plan_that_is_not_there_is_refused_in_one_line(task, capsys):
+    assert main(["fit", *task, "--pruning.plan=plan.json"]) == 2
+    assert "plan is 'plan.json', and there is no such file" in capsys.readouterr().err
+
+
+def test_pruned_run_writes_slim_checkpoints_and_resumes(task):
+    pruning = ["--pruning.pruning_ratio=0.5", "--pruning.round_to=2"]
+    assert main(["fit", *task, *pruning]) == 0
+    (checkpoint,) = Path.cwd().rglob("*.ckpt")
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert weights["model.0.weight"].shape[0] == 2
+    assert weights["model.3.weight"].shape[:2] == (4, 2)
+    again = ["--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"]
+    assert main(["fit", *task, *pruning, *again]) == 0
+    assert main(["validate", *task, *pruning, f"--ckpt_path={checkpoint}"]) == 0
 
 
 def test_later_file_changes_single_keys(config_of, write):
@@ -121,10 +157,12 @@ def test_callbacks_stand_in_their_legal_order(task, tmp_path):
         "--sparsity.final_sparsity=0.5",
         f"--trainer.callbacks={__name__}.Noted",
         "--distillation.temperature=2",
+        "--pruning.pruning_ratio=0.5",
+        "--pruning.round_to=2",
     ]
     Noted.callbacks = []
     cli = CompressionCLI(["fit", *task, *arguments])
-    ours = (Distillation, MagnitudeSparsity, Noted, CompressionSummary)
+    ours = (Distillation, ChannelPruning, MagnitudeSparsity, Noted, CompressionSummary)
     order = [type(callback) for callback in cli.trainer.callbacks if isinstance(callback, ours)]
     assert [cls.__name__ for cls in order] == [cls.__name__ for cls in ours]
     assert cli.trainer.callbacks[0].objective.temperature == 2
