@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet50
@@ -111,6 +110,8 @@ def _in_training(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 def _torch_pruning_times(
     dense: nn.Module, example: Tensor, repeats: int
 ) -> tuple[list[float], list[float], nn.Module]:
+    import torch_pruning  # here and not above: who reads results needs no peer
+
     traces, cuts = [], []
     model = dense
     for _ in range(repeats):

@@ -24,7 +24,8 @@ from lit_compress.compress.weight_files import read_checkpoint
 __all__ = ["NAMED_CALLBACKS", "CompressionCLI"]
 
 # In the order in which they stand in the Trainer: what watches the network comes before what
-# changes its weights, and what removes them before what sets them to zero. The user's own callbacks come between them and the summary.
+# changes its weights, and what removes weights before what sets them to zero. The user's own
+# callbacks come between them and the summary.
 NAMED_CALLBACKS: dict[str, type[Callback]] = {
     "distillation": Distillation,
     "pruning": ChannelPruning,

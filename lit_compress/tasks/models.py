@@ -15,6 +15,7 @@ from torch import nn
 from lit_compress.tasks.resnets import (
     check_num_classes,
     plain20,
+    resnet18_cifar,
     resnet20,
     resnet32,
     resnet56,
@@ -213,6 +214,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         digits_cnn,
         mobilenet_v1,
         plain20,
+        resnet18_cifar,
         resnet20,
         resnet32,
         resnet56,

@@ -1,8 +1,11 @@
 """The residual networks for CIFAR, and the plain one without shortcuts.
 
 Source: He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2: 6 n + 2
-layers, widths 16, 32 and 64, shortcuts without parameters (option A).
+layers, widths 16, 32 and 64, shortcuts without parameters (option A). ResNet-18 is that of the
+paper's table 1, with a stem for 32 pixels.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +15,19 @@ _WIDTHS = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut without parameters.
+    """Two 3 x 3 convolutions and a shortcut.
 
     Where the block halves the resolution, the shortcut takes every second pixel and pads the new
-    channels with zeros on both sides.
+    channels with zeros on both sides (option A), or is a 1 x 1 convolution (option B).
 
     Args:
         inputs: Channels in.
         outputs: Channels out; either ``inputs`` or twice as many.
         stride: 1, or 2 to halve the resolution.
+        projection: Whether a shortcut that changes the shape is a convolution.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, projection: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -34,47 +38,66 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
         self.stride = stride
         self.new_channels = outputs - inputs
+        self.shortcut: nn.Module | None = None
+        if projection and (stride > 1 or inputs != outputs):
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Map ``(batch, inputs, h, w)`` to ``(batch, outputs, h / stride, w / stride)``."""
-        shortcut = inputs
-        if self.stride > 1:
-            shortcut = shortcut[:, :, :: self.stride, :: self.stride]
-        if self.new_channels > 0:
-            before = self.new_channels // 2
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.new_channels - before))
+        shortcut = self._padded(inputs) if self.shortcut is None else self.shortcut(inputs)
         hidden = self.relu1(self.bn1(self.conv1(inputs)))
         outputs: torch.Tensor = self.relu2(self.bn2(self.conv2(hidden)) + shortcut)
         return outputs
 
+    def _padded(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.stride > 1:
+            inputs = inputs[:, :, :: self.stride, :: self.stride]
+        if self.new_channels > 0:
+            before = self.new_channels // 2
+            inputs = F.pad(inputs, (0, 0, 0, 0, before, self.new_channels - before))
+        return inputs
+
 
 class CifarResNet(nn.Module):
-    """Stem, three stages of basic blocks, global average, one linear layer.
+    """Stem, stages of basic blocks (``layer1`` and so on), global average, one linear layer.
 
     Args:
         blocks_per_stage: The paper's n: 3 gives 20 layers, 5 gives 32, 9 gives 56.
         num_classes: Logits given, at least 1.
+        widths: Channels of each stage; each the same as, or twice as many as, the one before.
+        projection: Whether shortcuts that change the shape are convolutions.
 
     Raises:
         ValueError: If ``num_classes`` is below 1.
     """
 
-    def __init__(self, blocks_per_stage: int, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        blocks_per_stage: int,
+        num_classes: int = 10,
+        widths: Sequence[int] = _WIDTHS,
+        projection: bool = False,
+    ) -> None:
         super().__init__()
         check_num_classes(num_classes)
-        self.conv1 = nn.Conv2d(3, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
-        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], blocks_per_stage)
-        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], blocks_per_stage)
-        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], blocks_per_stage)
-        self.linear = nn.Linear(_WIDTHS[2], num_classes)
+        self._stages = [f"layer{number + 1}" for number in range(len(widths))]
+        before = widths[0]
+        for name, width in zip(self._stages, widths, strict=True):
+            self.add_module(name, _stage(before, width, blocks_per_stage, projection))
+            before = width
+        self.linear = nn.Linear(before, num_classes)
         _initialise(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits ``(batch, num_classes)`` of images ``(batch, 3, height, width)``."""
         hidden = self.relu(self.bn1(self.conv1(images)))
-        hidden = self.layer3(self.layer2(self.layer1(hidden)))
+        for name in self._stages:
+            hidden = self.get_submodule(name)(hidden)
         logits: torch.Tensor = self.linear(hidden.mean(dim=(2, 3)))
         return logits
 
@@ -148,6 +171,22 @@ def resnet56(num_classes: int = 10) -> CifarResNet:
     return CifarResNet(9, num_classes)
 
 
+def resnet18_cifar(num_classes: int = 10) -> CifarResNet:
+    """ResNet-18 for 32-pixel images: 11.2 million parameters.
+
+    Source: He et al. 2016, table 1, with shortcuts of option B. The stem, made for 224 pixels, is
+    one 3 x 3 convolution of stride 1 without pooling, as is usual on CIFAR. torchvision's own is
+    ``resnet18``.
+
+    Args:
+        num_classes: Logits given, at least 1.
+
+    Raises:
+        ValueError: If ``num_classes`` is below 1.
+    """
+    return CifarResNet(2, num_classes, widths=(64, 128, 256, 512), projection=True)
+
+
 def plain20(num_classes: int = 10) -> PlainNet:
     """Plain-20: the layers of :func:`resnet20` in one row, 0.27 million parameters.
 
@@ -160,8 +199,8 @@ def plain20(num_classes: int = 10) -> PlainNet:
     return PlainNet(num_classes)
 
 
-def _stage(inputs: int, outputs: int, num_blocks: int) -> nn.Sequential:
-    first = BasicBlock(inputs, outputs, stride=1 if inputs == outputs else 2)
+def _stage(inputs: int, outputs: int, num_blocks: int, projection: bool) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, 1 if inputs == outputs else 2, projection)
     return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(num_blocks - 1)))
 
 

@@ -26,7 +26,7 @@ def check_commands(example):
             status = main(arguments)
         else:
             status = main([*arguments, "--print_config"])
-        missing = arguments[0] in ("report", "benchmark") and not asks
+        missing = arguments[0] in ("report", "benchmark", "analyze") and not asks
         assert status == (2 if missing else 0), line
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,3 +34,13 @@ def test_the_committed_cost_is_within_its_bars():
     results = (ROOT / "docs" / "results" / "callback_overhead.json").read_text()
     done = run("-c", f"r = {json.loads(results)!r}; {code}")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["channel_pruning", "kill_and_resume"])
+def test_the_bars_of_channel_pruning_hold_in_the_committed_results(name):
+    path = ROOT / "docs" / "results" / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there; benchmarks/{name}.py writes it")
+    code = f"import {name} as b, json; print(json.dumps(b.check(json.load(open({str(path)!r})))))"
+    done = run("-c", code)
+    assert json.loads(done.stdout) == [], done.stdout + done.stderr

@@ -3,17 +3,21 @@
 import os
 import re
 import shlex
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from lit_compress import CompressionReport
+from lit_compress import CompressionReport, load_compressed
 from lit_compress.cli import main
+from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.tasks import ImageClassifier, build_model
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+ROUND_TO = 8
 COMMAND = re.compile(r"# (lit-compress .+)")
 
 
@@ -30,12 +34,11 @@ def needs_assets(command: list[str]) -> bool:
     return any("CIFAR10JPEG" in text or "weights:" in text for text in texts)
 
 
-def made_small(recipe: Path) -> list[str]:
-    small = recipe.parent / "small.yaml"
-    given = command_of(recipe)
+def made_small(command: tuple[str, ...]) -> list[str]:
+    small = Path(command[-1]).parent / "small.yaml"
     if not small.is_file():
-        return [*given, "--trainer.max_epochs=2", "--summary.latency=false"]
-    return given if recipe == small else [*given, "--config", str(small)]
+        return [*command, "--trainer.max_epochs=2", "--summary.latency=false"]
+    return [*command] if str(small) in command else [*command, "--config", str(small)]
 
 
 def test_recipes_are_found():
@@ -47,18 +50,52 @@ def test_its_command_names_the_recipe(recipe):
     assert str(recipe) in command_of(recipe)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_recipe_runs(recipe):
-    command = made_small(recipe)
+# Recipes are layers of each other; what several of them name is run once.
+COMMANDS = sorted({tuple(command_of(recipe)) for recipe in RECIPES})
+
+
+def layers_of(command):
+    return "+".join(Path(word).stem for word in command if word.endswith(".yaml"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=layers_of)
+def test_recipe_runs(command):
+    command = made_small(command)
     if needs_assets(command) and not os.environ.get("LIT_COMPRESS_ASSETS"):
         pytest.skip("LIT_COMPRESS_ASSETS names no folder of assets")
     assert main(command) == 0
-    (config,) = Path.cwd().rglob("config.yaml")
+    (file,) = Path.cwd().rglob("config.yaml")
+    config = yaml.safe_load(file.read_text())
     report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
-    target = yaml.safe_load(config.read_text())["sparsity"]["final_sparsity"]
-    # The report counts depthwise weights too, which are left dense.
-    assert target - 0.03 < report.compressed.sparsity <= target + 1e-4
     assert report.dense.sparsity < 0.01
+    assert config["sparsity"] or config["pruning"]
+    if config["sparsity"]:
+        target = config["sparsity"]["final_sparsity"]
+        # The report counts depthwise weights too, which are left dense.
+        assert target - 0.03 < report.compressed.sparsity <= target + 1e-4
+    if config["pruning"]:
+        assert report.compressed.num_params < report.dense.num_params
+        check_channels(config, report, next(Path.cwd().rglob("*.ckpt")))
+
+
+def check_channels(config, report, checkpoint):
+    """The slim model costs, or has as many channels as, what the recipe declares."""
+    pruning = config["pruning"]
+    slim = load_compressed(checkpoint, ImageClassifier).model
+    assert sum(parameter.numel() for parameter in slim.parameters()) == report.compressed.num_params
+    target, ratios = pruning["target_macs_ratio"], pruning["pruning_ratio"]
+    if target is not None:
+        assert 0.99 * target <= report.compressed.macs / report.dense.macs <= target
+        return
+    dense = build_model(config["model"]["init_args"]["model"])
+    images = torch.zeros(2, 3, 32, 32)
+    now = [find_channel_groups(model, lambda m: m(images)).groups for model in (dense, slim)]
+    if isinstance(ratios, dict):
+        names = [group.name for group in now[0]]
+        ratios = [next(r for glob, r in ratios.items() if fnmatchcase(n, glob)) for n in names]
+    for before, after, ratio in zip(*now, ratios, strict=True):
+        exact = (1 - ratio) * before.num_channels
+        assert after.num_channels == max(ROUND_TO, ROUND_TO * round(exact / ROUND_TO)), before.name
 
 
 @pytest.mark.parametrize("network", ["resnet20", "mobilenet"])
@@ -74,6 +111,36 @@ def test_layers_of_configuration_add_up(network, percent, capsys):
     assert config["trainer"]["max_epochs"] == 2
     assert config["data"]["init_args"]["max_train_per_class"] == 8
     assert config["model"]["init_args"]["weights"].startswith(network)
+
+
+@pytest.mark.parametrize(
+    ("network", "r"),
+    [
+        ("vgg16", [0.4, 0.2, 0.1, 0.05, 0.1, 0.5, 0.5, *[0.6] * 6]),
+        (
+            "vgg16-bn",
+            [0.6, 0.1, 0.15, 0.1, 0.1, 0.15, 0.15, 0.2, 0.8, 0.8, 0.8, 0.4, 0.4],
+        ),
+        ("resnet18", [0.1, 0.1, 0.2, 0.2, 0.3]),
+    ],
+)
+def test_rounds_declare_what_five_of_them_leave(network, r):
+    text = (ROOT / "recipes" / "cifar10" / f"{network}-rounds.yaml").read_text()
+    ratios = yaml.safe_load(text)["pruning"]["pruning_ratio"]
+    declared = list(ratios.values()) if isinstance(ratios, dict) else ratios
+    assert declared == pytest.approx([1 - (1 - ratio) ** 5 for ratio in r], abs=1e-5)
+
+
+def test_pruning_is_layered_with_distillation_and_sparsity(capsys):
+    files = ["resnet20", "pruning-progressive", "distillation", "sparsity-50", "small"]
+    paths = [str(ROOT / "recipes" / "cifar10" / f"{name}.yaml") for name in files]
+    arguments = [word for path in paths for word in ("--config", path)]
+    assert main(["fit", *arguments, "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["pruning"]["schedule"]["kind"] == "cubic"
+    assert config["pruning"]["penalty"] == {"strength": 0.01, "kind": "l2", "begin": 0}
+    assert config["sparsity"]["final_sparsity"] == 0.5
+    assert config["distillation"]["temperature"] == 4.0
 
 
 def test_quickstart_reaches_97_percent_at_90_percent_sparsity():

@@ -19,6 +19,9 @@ def _num_params(model: nn.Module) -> int:
         ("resnet32", {}, 464_154),
         ("resnet56", {}, 853_018),
         ("plain20", {}, 269_722),
+        # He et al. 2016, table 1: torchvision's 11,181,642 with 10 classes, less 49 * 3 * 64 of its
+        # stem, more 9 * 3 * 64 of ours.
+        ("resnet18_cifar", {}, 11_173_962),
         ("mobilenet_v1", {"width": 0.5}, 823_722),
         # Simonyan and Zisserman's thirteen convolutions, 14,714,688, and 5,130 of the classifier.
         ("vgg16", {}, 14_719_818),
@@ -65,7 +68,20 @@ def test_option_a_shortcut_subsamples_and_pads_channels_on_both_sides():
     assert outputs[:, 24:].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("name", ["resnet20", "digits_cnn", "vgg16_bn", "mobilenet_v1"])
+def test_option_b_shortcut_is_a_convolution_where_the_shape_changes():
+    model = build_model("resnet18_cifar").eval()
+    assert isinstance(model.layer2[0].shortcut[0], nn.Conv2d)
+    assert model.layer1[0].shortcut is None
+    assert model.layer2[1].shortcut is None
+    block = model.layer2[0]
+    nn.init.zeros_(block.bn2.weight)  # only the shortcut is left
+    images = torch.rand(1, 64, 4, 4)
+    torch.testing.assert_close(block(images), block.shortcut(images).relu())
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet18_cifar", "digits_cnn", "vgg16_bn", "mobilenet_v1"]
+)
 def test_no_module_is_used_twice_in_one_forward(name):
     calls: dict[str, int] = {}
     model = build_model(name).eval()
