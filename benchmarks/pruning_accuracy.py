@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lit_compress import ChannelPruning, count_macs
+from lit_compress import ChannelPruning, Schedule, count_macs
 from lit_compress.tasks import CIFAR10JPEGDataModule, ImageClassifier
 from lit_compress.tasks.data import Split
 
@@ -36,6 +36,8 @@ TARGET = 0.5
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 SEEDS = (1, 2, 3)
 PILOT_SEED = 0
+ONE_SHOT = Schedule("constant", begin=0, end=0, update_every=1)
+PROGRESSIVE = Schedule("cubic", begin=0.0, end=0.33, update_every=0.03)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Arm:
         importance: What stays.
         reconstruct: Least-squares reconstruction at the cut.
         recalibrate: New batch norm statistics at the cut.
+        progressive: Whether channels go bit by bit over the first third of the tuning (cubic) and
+            not all before it.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Arm:
     importance: str = "l2"
     reconstruct: bool = False
     recalibrate: bool = False
+    progressive: bool = False
 
 
 DENSE = Arm("dense", by="nobody")
@@ -114,7 +119,6 @@ class ScoreAtStart(pl.Callback):
     def __init__(self, data: CIFAR10JPEGDataModule, split: Split) -> None:
         self.data, self.split = data, split
         self.top1 = float("nan")
-        self.macs = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score, and leave the modes as they were."""
@@ -128,7 +132,6 @@ class ScoreAtStart(pl.Callback):
                 total += len(labels)
         network.train(training)
         self.top1 = right / total
-        self.macs = count_macs(network, EXAMPLE)
 
 
 def run(
@@ -180,8 +183,8 @@ def run(
     result = asdict(arm) | {
         "seed": seed,
         "split": split,
-        "macs_ratio": at_start.macs / dense_macs,
-        "top1_after_cut": at_start.top1,
+        "macs_ratio": count_macs(module.model.eval(), EXAMPLE) / dense_macs,
+        "top1_after_cut": None if arm.progressive else at_start.top1,
     }
     if tuned:
         score = trainer.test(module, data.loader(split), verbose=False)[0]["test_top1"]
@@ -203,6 +206,7 @@ def our_callback(arm: Arm, settings: Settings) -> list[pl.Callback]:
             num_calibration_batches=settings.num_calibration_batches,
             round_to=settings.round_to,
             ignored_layers=[] if arm.whole else list(RESIDUAL_STREAM),
+            schedule=PROGRESSIVE if arm.progressive else ONE_SHOT,
         )
     ]
 
@@ -325,7 +329,8 @@ def is_of(result: dict[str, Any], arm: Arm) -> bool:
 
 def scores(runs: list[dict[str, Any]], arm: Arm, what: str = "top1") -> list[float]:
     """Top-1 in percent for each seed: ``"top1"`` at the end or ``"top1_after_cut"``."""
-    return [100 * run[what] for run in runs if what in run and is_of(run, arm)]
+    own = [run[what] for run in runs if what in run and is_of(run, arm)]
+    return [100 * score for score in own if score is not None]
 
 
 def spread(values: list[float]) -> str:

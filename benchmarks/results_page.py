@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import channel_families
 import channel_pruning
 import kill_and_resume
 import pruning_accuracy
@@ -26,6 +27,7 @@ def page() -> str:
     sections = [_INTRODUCTION, accuracy(), cost()]
     if channel_pruning.RESULTS.exists():
         sections.append(channels(channel_pruning.read_results()))
+    sections.append(channel_families.section())
     if kill_and_resume.RESULTS.exists():
         sections.append(faults(json.loads(kill_and_resume.RESULTS.read_text())))
     return "\n\n".join(sections) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_compress.callbacks._weight_averages import averaged_modules
 from lit_compress.compress.channel_cut import (
     KeptIndices,
+    begin_autograd_anew,
     cut_channels,
+    cut_named,
     cut_optimizer_state,
-    cut_tensors,
-    match_attributes,
 )
 from lit_compress.compress.channel_groups import ChannelGroups
 from lit_compress.compress.layers import plain_name
@@ -49,6 +49,7 @@ def cut_in_fit(
     network: nn.Module,
     groups: ChannelGroups,
     keep: Tensor,
+    mend: Callable[[], None] | None = None,
 ) -> ChannelGroups:
     """Cut the network of a module that is being trained, between two batches.
 
@@ -63,6 +64,8 @@ def cut_in_fit(
         network: The network inside of it (or itself) in which the groups were found.
         groups: Its channels.
         keep: bool, shape ``[groups.num_channels]``; true where the channel stays.
+        mend: Gives the network that was cut new values; where processes train together, all get
+            those of the first.
 
     Returns:
         The groups of the network as it is now.
@@ -72,11 +75,14 @@ def cut_in_fit(
     """
     prefix = _prefix(pl_module, network)
     kept = {prefix + plain_name(n): by_dim for n, by_dim in groups.kept_indices(keep).items()}
-    parameters = {plain_name(name): p for name, p in pl_module.named_parameters()}
+    # Under all of its names, since the network may have another one for it than the module.
+    every = pl_module.named_parameters(remove_duplicate=False)
+    parameters = {plain_name(name): p for name, p in every}
     shapes = {name: p.shape for name, p in parameters.items()}
     before = describe(pl_module)
     left = cut_channels(network, groups, keep)
     note_change(pl_module, before)
+    begin_autograd_anew(parameters[name] for name in kept if name in parameters)
     for optimizer in trainer.optimizers:
         cut_optimizer_state(optimizer, parameters, kept, shapes)
     for average in averaged_modules(trainer):
@@ -84,6 +90,8 @@ def cut_in_fit(
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, FollowsChannelCuts):
             callback.on_channels_cut(trainer, pl_module, kept)
+    if mend is not None:
+        mend()
     _rewrap(trainer, pl_module)
     # Compiled code is bound to the old shapes; without this it would run out of recompilations.
     torch._dynamo.reset()
@@ -97,19 +105,20 @@ def _prefix(pl_module: pl.LightningModule, network: nn.Module) -> str:
 
 
 def _cut_average(average: nn.Module, kept: KeptIndices) -> None:
-    named: Mapping[str, Tensor] = {
+    named: dict[str, Tensor] = {
         plain_name(name): tensor
-        for name, tensor in (*average.named_parameters(), *average.named_buffers())
+        for name, tensor in (
+            *average.named_parameters(remove_duplicate=False),
+            *average.named_buffers(remove_duplicate=False),
+        )
     }
-    layers = {plain_name(name): name for name, _ in average.named_modules()}
     before = describe(average)
-    cut_tensors(named, kept)
-    match_attributes(average, {layers[name.rpartition(".")[0]] for name in kept})
+    cut_named(average, named, kept)
     note_change(average, before)
 
 
 def _rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Have DDP reduce gradients of the new shapes."""
+    """Have DDP reduce gradients of the new shapes; it gives all processes the weights of rank 0."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = None  # the old reducer's hooks go with it

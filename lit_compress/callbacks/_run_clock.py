@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lit_compress.callbacks._weight_averages import num_extra_epochs
 
@@ -58,12 +56,11 @@ def current_moment(trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str
         batches, since a module may step several optimizers there.
     """
     if unit == "epoch":
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        # Processed but not completed: inside of on_train_batch_end. A resumed run still has the
-        # progress of the batch after which it was saved when on_train_start asks.
-        current = cast(_ProcessedTracker, progress.current)
-        in_batch_end = current.processed > current.completed
-        return trainer.current_epoch + (progress.is_last_batch and in_batch_end)
+        # A resumed run still has the progress of the batch after which it was saved, which may be
+        # the last of its epoch, when on_train_start asks; so the hook tells, not the progress.
+        in_batch_end = pl_module._current_fx_name == "on_train_batch_end"
+        is_last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return trainer.current_epoch + (is_last_batch and in_batch_end)
     if pl_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.total_batch_idx + 1

@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_compress.callbacks._network_calls import NetworkCall, NetworkCalls
 from lit_compress.compress.structure import record_of
@@ -138,6 +139,10 @@ def copy_network(network: nn.Module) -> nn.Module:
     if isinstance(network, torch._dynamo.OptimizedModule):
         network = network._orig_mod
     memo: dict[int, Any] = {}
+    for module in network.modules():
+        for value in tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:  # torch refuses to copy these
+                memo[id(value)] = value.detach()
     context = network._compiler_ctx if isinstance(network, LightningModule) else None
     if isinstance(network, LightningModule) and context is not None:
         memo[id(context)] = None

@@ -174,11 +174,13 @@ def draw_batches(trainer: pl.Trainer, num_batches: int) -> list[Any]:
     """
     trainer.fit_loop.setup_data()
     combined = trainer.fit_loop._combined_loader
-    assert combined is not None
-    with isolate_rng():
-        torch.manual_seed(_SEED)
-        beside = CombinedLoader(tree_map(_beside, combined.iterables), combined._mode)
-        batches = [item[0] for item in itertools.islice(iter(beside), num_batches)]
+    wanted = int(min(num_batches, trainer.num_training_batches))
+    batches = []
+    if combined is not None:  # it is where limit_train_batches=0
+        with isolate_rng():
+            torch.manual_seed(_SEED)
+            beside = CombinedLoader(tree_map(_beside, combined.iterables), combined._mode)
+            batches = [item[0] for item in itertools.islice(iter(beside), wanted)]
     if not batches:
         raise MisconfigurationException(
             "the training data has no batch, and at least one is needed to see what the network "

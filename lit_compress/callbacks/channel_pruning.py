@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._channel_scores import channel_scores, check_importance, run_network
+from lit_compress.callbacks._channel_way import ChannelWay
 from lit_compress.callbacks._cut_in_fit import cut_in_fit
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._network_calls import find_network
@@ -26,19 +27,19 @@ from lit_compress.callbacks._requirements import (
 )
 from lit_compress.callbacks._run_clock import current_moment, run_length
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
+from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.batch_norm import recalibrate_batch_norm
-from lit_compress.compress.channel_cut import cut_channels
+from lit_compress.compress.channel_cut import misfit
 from lit_compress.compress.channel_goal import ChannelAllocation, ChannelGoal, PruningRatio
 from lit_compress.compress.channel_groups import ChannelGroups
 from lit_compress.compress.channel_importance import Importance
 from lit_compress.compress.channel_penalty import ChannelPenalty, add_penalty
-from lit_compress.compress.channel_plan import ChannelPlan, choose_channels
+from lit_compress.compress.channel_plan import ChannelPlan
 from lit_compress.compress.channel_progress import ChannelProgress, Spread, check_spread
-from lit_compress.compress.channel_tracing import find_channel_groups
 from lit_compress.compress.reconstruction import reconstruct
 from lit_compress.compress.schedules import Ramp, Schedule, absolute_moment
-from lit_compress.measure import count_macs, count_params, layer_complexity, measure_latency
+from lit_compress.measure import count_macs, count_params
 
 __all__ = ["ChannelPruning"]
 
@@ -55,7 +56,9 @@ class ChannelPruning(pl.Callback):
     The LightningModule is not changed in any other way. Checkpoints hold a record of its structure,
     so that ``Trainer.fit/validate/test(ckpt_path=...)`` with this callback, and
     :func:`lit_compress.load_compressed` without it, bring the slim module back. Interrupted runs
-    resume exactly.
+    resume exactly. Ratios and targets are relative to the dense model, also where a module was cut
+    before: a second fit does not cut it again, and a checkpoint that is resumed under other
+    arguments goes on to their plan.
 
     When it cuts is said by ``schedule``: ``Schedule(kind="constant", begin=...)`` is one cut at
     that moment (the default: before the first step), ``"linear"`` with ``update_every`` equal
@@ -156,6 +159,7 @@ class ChannelPruning(pl.Callback):
         self.ramp: Ramp | None = None
         self._progress: ChannelProgress | None = None
         self._last_point: int | None = None
+        self._penalty_begin = 0
         self._next_keep: Tensor | None = None  # chosen ahead, where a penalty works on it
         self._sample: TrainingSample | None = None
         self._restored: dict[str, Any] | None = None
@@ -167,6 +171,7 @@ class ChannelPruning(pl.Callback):
         """Carry the structure in checkpoints; refuse what cannot work before anything is loaded."""
         carry_structure(pl_module)
         if stage == "fit":
+            self._restored = None  # evaluating a checkpoint leaves its state here
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
@@ -177,16 +182,11 @@ class ChannelPruning(pl.Callback):
         network = _network(pl_module)
         self._sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
         state, self._restored = self._restored, None
-        if state is not None and state["declared"] == self._declared:
-            self._progress = ChannelProgress.from_state_dict(state["progress"])
-            # The run keeps the moments it was started with, also when max_epochs has grown.
-            self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
-            self._next_keep = state["next_keep"]
-        else:
+        if state is None or not self._continue(state, network):
             self.ramp, self._last_point = self._resolve_schedule(trainer), None
-            groups = self._find_groups(network)
-            self._progress = self._start(trainer, network, groups)
-            self._next_keep = None
+            self._penalty_begin, self._next_keep = self._resolve_penalty(trainer), None
+            way = self._way_of(trainer, network)
+            self._progress = way.begin(self.spread, self.ignored_layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The cut that is due before the first step, if there is one."""
@@ -199,11 +199,14 @@ class ChannelPruning(pl.Callback):
         if self.penalty is None or self._is_done:
             return
         now = current_moment(trainer, pl_module, self.schedule.unit)
-        begin = absolute_moment(self.penalty.begin, run_length(trainer, self.schedule.unit))
         cut = self._clock.next_point(now)
-        strength = self.penalty.strength_at(now, max(begin, self._last_point or 0), cut)
+        begin = max(self._penalty_begin, self._last_point or 0)
+        strength = self.penalty.strength_at(now, begin, cut)
         if strength == 0:
             return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            strength *= scaler.get_scale()  # fused optimizers unscale gradients in their step
         if self._next_keep is None:
             self._next_keep = self._choose(trainer, pl_module, cut)
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -252,6 +255,7 @@ class ChannelPruning(pl.Callback):
             "progress": self._progress.state_dict(),
             "ramp": self._clock.to_dict(),
             "last_point": self._last_point,
+            "penalty_begin": self._penalty_begin,
             "next_keep": self._next_keep,
         }
 
@@ -299,7 +303,10 @@ class ChannelPruning(pl.Callback):
     def _declared(self) -> str:
         """What the run is to reach and when, to recognise a checkpoint of the same run."""
         importance = self.importance if isinstance(self.importance, str) else "a function"
-        return f"{self.goal}, {self.schedule}, {self.spread}, {self.penalty}, {importance}"
+        return (
+            f"{self.goal}, {self.schedule}, {self.spread}, {self.penalty}, {importance}, "
+            f"{self.ignored_layers}"
+        )
 
     # --- The plan ---------------------------------------------------------------------------------
 
@@ -316,40 +323,38 @@ class ChannelPruning(pl.Callback):
             )
         return ramp
 
-    def _find_groups(self, network: nn.Module) -> ChannelGroups:
-        example = self._training.inputs[0].cut_to(2)
-        with torch.compiler.set_stance("force_eager"):
-            groups = find_channel_groups(network, example.run, self.ignored_layers)
-        if not groups.groups:
-            raise ValueError(f"{type(network).__name__} has no channels that can be cut: {groups}.")
-        rank_zero_info(f"{type(self).__name__}: {groups}")
-        return groups
+    def _resolve_penalty(self, trainer: pl.Trainer) -> int:
+        if self.penalty is None:
+            return 0
+        length = run_length(trainer, self.schedule.unit)
+        if isinstance(self.penalty.begin, float) and math.isinf(length):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the penalty begins at {self.penalty.begin} of a run that "
+                "has no known length. Set max_epochs or max_steps on the Trainer, or give begin "
+                f"as a whole number of {self.schedule.unit}s."
+            )
+        return absolute_moment(self.penalty.begin, length)
 
-    def _start(
-        self, trainer: pl.Trainer, network: nn.Module, groups: ChannelGroups
-    ) -> ChannelProgress:
-        scores = channel_scores(trainer, network, groups, self.importance, self._training)
-        example = self._training.inputs[0].as_example()
-        rows = () if example is None else layer_complexity(network, example)
+    def _continue(self, state: dict[str, Any], network: nn.Module) -> bool:
+        """Go on where a checkpoint of the same run left off; false if it is of another run."""
+        if state["declared"] != self._declared:
+            rank_zero_info(
+                f"{type(self).__name__}: the checkpoint was written under other arguments "
+                f"({state['declared']}); its structure is taken over, and from there the new "
+                "schedule leads to the new plan."
+            )
+            return False
+        progress = ChannelProgress.from_state_dict(state["progress"])
+        if misfit(network, progress.now) is not None:
+            return False  # the weights of another time were loaded before it was saved
+        self._progress = progress
+        # The run keeps the moments it was started with, also when max_epochs has grown.
+        self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
+        self._penalty_begin, self._next_keep = state["penalty_begin"], state["next_keep"]
+        return True
 
-        def latency_ms(plan: ChannelPlan) -> float:
-            if example is None:
-                raise ValueError(
-                    "target_latency_ms needs a network that is called with positional or with "
-                    "keyword arguments, not with both."
-                )
-            slim = copy.deepcopy(network)
-            cut_channels(slim, groups, choose_channels(groups, plan, scores))
-            return measure_latency(slim, example)[0].median_ms
-
-        plan = None
-        if trainer.is_global_zero or not self.goal.needs_latency:
-            layer_macs = {row.name: row.macs or 0 for row in rows}
-            plan = self.goal.resolve(groups, network, scores, layer_macs, latency_ms)
-        if self.goal.needs_latency:
-            plan = trainer.strategy.broadcast(plan, src=0)
-        assert plan is not None
-        return ChannelProgress(groups, plan, self.spread, self.goal.round_to)
+    def _way_of(self, trainer: pl.Trainer, network: nn.Module) -> ChannelWay:
+        return ChannelWay(trainer, network, self._training, self.goal, self.importance)
 
     # --- The cuts ---------------------------------------------------------------------------------
 
@@ -358,10 +363,6 @@ class ChannelPruning(pl.Callback):
         if point is None or (self._last_point is not None and point <= self._last_point):
             return
         network = _network(pl_module)
-        if self._last_point is None and self.goal.allocation == "global":
-            # The weights may have been trained since the plan was made.
-            self._progress = self._start(trainer, network, self._way.now)
-            self._next_keep = None
         keep = self._next_keep
         if keep is None:
             keep = self._choose(trainer, pl_module, point)
@@ -373,6 +374,8 @@ class ChannelPruning(pl.Callback):
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, point: int) -> Tensor:
         """The channels that stay once the schedule has reached ``point``; rank 0 decides."""
         way, network = self._way, _network(pl_module)
+        if self._last_point is None and self.goal.allocation == "global":
+            self._way_of(trainer, network).plan_again(way)
         scores = channel_scores(trainer, network, way.now, self.importance, self._training)
         keep = way.choose(self._clock.value(point, 0.0, 1.0), scores)
         agreed: Tensor = trainer.strategy.broadcast(keep, src=0)
@@ -382,15 +385,18 @@ class ChannelPruning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, keep: Tensor
     ) -> None:
         groups = self._way.now
-        before = copy.deepcopy(network) if self.reconstruct else None
-        self._way.now = cut_in_fit(trainer, pl_module, network, groups, keep)
+        before = copy_network(network) if self.reconstruct else None
         inputs = self._training.inputs
-        with torch.compiler.set_stance("force_eager"):
-            if before is not None:
-                done = reconstruct(network, before, groups, keep, inputs, run_network)
-                rank_zero_info(f"{type(self).__name__}: new weights by least squares\n{done}")
-            if self.recalibrate_batch_norm:
-                recalibrate_batch_norm(network, inputs, run_network)
+
+        def mend() -> None:
+            with torch.compiler.set_stance("force_eager"):
+                if before is not None:
+                    done = reconstruct(network, before, groups, keep, inputs, run_network)
+                    rank_zero_info(f"{type(self).__name__}: new weights by least squares\n{done}")
+                if self.recalibrate_batch_norm:
+                    recalibrate_batch_norm(network, inputs, run_network)
+
+        self._way.now = cut_in_fit(trainer, pl_module, network, groups, keep, mend)
 
     def _log(self, trainer: pl.Trainer, network: nn.Module) -> None:
         metrics: dict[str, float] = {

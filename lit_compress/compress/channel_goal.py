@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from lit_compress.compress.channel_budget import PlanCost, meet_target
+from lit_compress.compress.channel_budget import meet_target
+from lit_compress.compress.channel_costs import PlanCost
 from lit_compress.compress.channel_groups import ChannelGroups
 from lit_compress.compress.channel_order import (
     RemovalOrder,
@@ -72,7 +73,7 @@ class ChannelGoal:
             )
         if self.allocation not in ("uniform", "global"):
             raise ValueError(f"allocation is {self.allocation!r}, expected 'uniform' or 'global'.")
-        if self.allocation == "global" and not isinstance(self.pruning_ratio, (float, type(None))):
+        if self.allocation == "global" and isinstance(self.pruning_ratio, (list, dict)):
             raise ValueError(
                 "allocation='global' finds out how much each group loses, and pruning_ratio says "
                 "it for each; give a single number or allocation='uniform'."
@@ -121,7 +122,7 @@ class ChannelGoal:
         if self.allocation == "global":
             order = RemovalOrder.by_scores(groups, scores, round_to=self.round_to)
         else:
-            ratios = None if isinstance(self.pruning_ratio, float) else self.pruning_ratio
+            ratios = self.pruning_ratio if isinstance(self.pruning_ratio, (list, dict)) else None
             order = RemovalOrder.by_ratios(groups, ratios, round_to=self.round_to)
         if self.target_macs_ratio is not None:
             cost = PlanCost.macs(groups, model, layer_macs)

@@ -16,7 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["AxisRole", "ChannelAxis", "ChannelGroup", "ChannelGroups", "LeftAlone", "take"]
+__all__ = [
+    "AxisRole",
+    "ChannelAxis",
+    "ChannelGroup",
+    "ChannelGroups",
+    "ChannelWidth",
+    "LeftAlone",
+    "take",
+]
 
 AxisRole = Literal["out", "in", "scale"]
 
@@ -71,6 +79,27 @@ class LeftAlone:
     reason: str
 
 
+@dataclass(frozen=True)
+class ChannelWidth:
+    """An attribute of a module that holds a number of channels, and has to follow a cut.
+
+    Those that torch's own layers have (``out_channels``, ``num_features``) follow without it.
+
+    Attributes:
+        module: The module's name; empty for the whole model.
+        attribute: The attribute's name.
+        tensor: A parameter that has as many channels.
+        dim: Along this dimension of it.
+        divisor: The attribute is the dimension's size divided by this, as for the size of a head.
+    """
+
+    module: str
+    attribute: str
+    tensor: str
+    dim: int
+    divisor: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGroups:
     """All the channels of a model that can be cut.
@@ -81,11 +110,13 @@ class ChannelGroups:
         groups: The groups, in the order in which the forward pass meets them.
         axes: Every axis that holds one of their channels.
         left_alone: The layers that make channels which cannot be cut, and why.
+        widths: Attributes that have to follow, beside those of torch's own layers.
     """
 
     groups: tuple[ChannelGroup, ...]
     axes: tuple[ChannelAxis, ...]
     left_alone: tuple[LeftAlone, ...] = ()
+    widths: tuple[ChannelWidth, ...] = ()
     starts: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -237,6 +268,7 @@ class ChannelGroups:
             "groups": [[g.name, g.num_channels, g.num_blocks] for g in self.groups],
             "axes": [[a.tensor, a.dim, a.channels.to(torch.int32), a.role] for a in self.axes],
             "left_alone": [[layer.layer, layer.reason] for layer in self.left_alone],
+            "widths": [[w.module, w.attribute, w.tensor, w.dim, w.divisor] for w in self.widths],
         }
 
     @classmethod
@@ -249,6 +281,7 @@ class ChannelGroups:
                 for tensor, dim, channels, role in state["axes"]
             ),
             tuple(LeftAlone(*layer) for layer in state["left_alone"]),
+            tuple(ChannelWidth(*width) for width in state["widths"]),
         )
 
     def __str__(self) -> str:

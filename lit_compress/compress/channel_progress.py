@@ -30,9 +30,12 @@ class ChannelProgress:
             ``"layers"``: some groups, from the first on, have lost all of it and the others
             nothing (PocketFlow's group fine-tuning).
         round_to: Channels kept on the way are multiples of it.
+        now: The groups as they are, where the model was cut before; a group without any channel
+            to spare may be missing.
 
     Raises:
-        ValueError: If the plan is for another model or ``spread`` is unknown.
+        ValueError: If the plan is for another model, ``spread`` is unknown, or fewer channels are
+            left already than the plan keeps.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class ChannelProgress:
         plan: ChannelPlan,
         spread: Spread = "channels",
         round_to: int = 8,
+        now: ChannelGroups | None = None,
     ) -> None:
         check_spread(spread)
         plan.check(groups)
         self.dense = groups
-        self.now = groups
+        self.now = groups if now is None else now
         self.plan = plan
+        self._refuse_way_back()
         self._spread = spread
         self._round_to = round_to
 
@@ -54,10 +59,7 @@ class ChannelProgress:
         """What is to be left after a part of the way, as a plan for the model as it is.
 
         Args:
-            fraction: The part of the way, in [0, 1], not less than before.
-
-        Raises:
-            ValueError: If the model has fewer channels than that.
+            fraction: The part of the way, in [0, 1]. What is gone by then stays gone.
         """
         if self._spread == "channels":
             part = self.plan.part_way(self.dense, fraction, round_to=self._round_to)
@@ -68,7 +70,8 @@ class ChannelProgress:
                 {name: self.plan.kept[name] for name in done},
                 {name: self.plan.channels[name] for name in done},
             )
-        return part.for_cut_model(self.now)
+        left = {name: channels for name, channels in self.kept.items() if name in part.kept}
+        return ChannelPlan({name: min(part.kept[name], n) for name, n in left.items()}, left)
 
     def choose(self, fraction: float, scores: Tensor) -> Tensor:
         """The channels that stay after a part of the way: those with the highest scores.
@@ -87,6 +90,16 @@ class ChannelProgress:
         """Channels that each group has now, by name."""
         return {group.name: group.num_channels for group in self.now.groups}
 
+    def _refuse_way_back(self) -> None:
+        for name, kept in self.plan.kept.items():
+            if kept > (left := self.kept.get(name, 1)):
+                raise ValueError(
+                    f"the plan keeps {kept} of the {self.plan.channels[name]} channels of group "
+                    f"{name!r}, and an earlier cut left {left}; channels do not come back. Ratios "
+                    "and targets are relative to the dense model: ask for fewer, or start with the "
+                    "dense model or an earlier checkpoint."
+                )
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain data, for a checkpoint."""
         return {
@@ -102,9 +115,8 @@ class ChannelProgress:
         """What :meth:`state_dict` wrote."""
         dense = ChannelGroups.from_state_dict(state["dense"])
         plan = ChannelPlan.from_json(state["plan"])
-        progress = cls(dense, plan, state["spread"], state["round_to"])
-        progress.now = ChannelGroups.from_state_dict(state["now"])
-        return progress
+        now = ChannelGroups.from_state_dict(state["now"])
+        return cls(dense, plan, state["spread"], state["round_to"], now)
 
 
 def check_spread(spread: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Labels", "Ties", "Traced", "broadcast", "reshape", "support"]
+__all__ = ["Array", "Labels", "Ties", "Traced", "broadcast", "one_dimension", "reshape", "support"]
 
 Array: TypeAlias = npt.NDArray[np.int64]
 Labels: TypeAlias = tuple[Array, ...]
@@ -69,7 +69,9 @@ class Ties:
     def tie(self, left: Array, right: Array) -> None:
         """Each atom on the left belongs together with the one on the right; equal shapes."""
         first, second = self.roots(left).ravel(), self.roots(right).ravel()
-        for a, b in {(x, y) for x, y in zip(first.tolist(), second.tolist(), strict=True)}:
+        apart = first != second
+        first, second = first[apart], second[apart]
+        for a, b in zip(first.tolist(), second.tolist(), strict=True):
             low, high = sorted((self._root(a), self._root(b)))
             if low != high:
                 self._parent[high] = low
@@ -126,6 +128,11 @@ class Ties:
 def support(array: Array) -> tuple[int, ...]:
     """The dimensions along which an array of labels says something."""
     return tuple(d for d, size in enumerate(array.shape) if size > 1)
+
+
+def one_dimension(ndim: int, dim: int) -> list[int]:
+    """The shape that lays a vector along one of ``ndim`` dimensions."""
+    return [-1 if d == dim else 1 for d in range(ndim)]
 
 
 def broadcast(labels: Labels, ndim: int) -> Labels:

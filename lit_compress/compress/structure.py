@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lit_compress.compress.channel_cut import begin_autograd_anew
 from lit_compress.compress.layers import plain_name
 from lit_compress.compress.structure_record import (
     SEQUENCES,
@@ -238,6 +239,7 @@ def _resize(tensor: Tensor, shape: tuple[int, ...]) -> None:
     resized[block] = tensor.detach()[block]
     tensor.grad = None
     tensor.data = resized
+    begin_autograd_anew([tensor])
 
 
 def _is_shape_like(old: Value, new: Value) -> bool:

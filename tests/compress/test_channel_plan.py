@@ -562,7 +562,8 @@ def test_no_group_strays_far_from_its_rule(widths, ratio):
     cost = PlanCost.macs(groups, model, macs_of(model))
     plan = meet_target(orders(groups, "uniform"), cost, ratio * cost.dense)
     shares = [kept / plan.channels[name] for name, kept in plan.kept.items()]
-    assert max(shares) - min(shares) <= 2.5 * 8 / min(widths)  # a step off, a step on, a half
+    # The rule itself spans a step; from there one group may have a step less, another one more.
+    assert max(shares) - min(shares) <= 3 * 8 / min(widths)
 
 
 def test_protected_groups_stay_whatever_the_target():
