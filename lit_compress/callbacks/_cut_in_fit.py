@@ -16,7 +16,6 @@ from lit_compress.compress.channel_cut import (
     KeptIndices,
     begin_autograd_anew,
     cut_channels,
-    cut_named,
     cut_optimizer_state,
 )
 from lit_compress.compress.channel_groups import ChannelGroups
@@ -73,7 +72,8 @@ def cut_in_fit(
     Raises:
         ValueError: As :func:`~lit_compress.compress.channel_cut.cut_channels`.
     """
-    prefix = _prefix(pl_module, network)
+    network_name = next(name for name, m in pl_module.named_modules() if m is network)
+    prefix = plain_name(f"{network_name}." if network_name else "")
     kept = {prefix + plain_name(n): by_dim for n, by_dim in groups.kept_indices(keep).items()}
     # Under all of its names, since the network may have another one for it than the module.
     every = pl_module.named_parameters(remove_duplicate=False)
@@ -86,7 +86,7 @@ def cut_in_fit(
     for optimizer in trainer.optimizers:
         cut_optimizer_state(optimizer, parameters, kept, shapes)
     for average in averaged_modules(trainer):
-        _cut_average(average, kept)
+        _cut_average(average, network_name, groups, keep)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, FollowsChannelCuts):
             callback.on_channels_cut(trainer, pl_module, kept)
@@ -98,22 +98,11 @@ def cut_in_fit(
     return left
 
 
-def _prefix(pl_module: pl.LightningModule, network: nn.Module) -> str:
-    name = next(name for name, module in pl_module.named_modules() if module is network)
-    name = plain_name(f"{name}." if name else "")
-    return name
-
-
-def _cut_average(average: nn.Module, kept: KeptIndices) -> None:
-    named: dict[str, Tensor] = {
-        plain_name(name): tensor
-        for name, tensor in (
-            *average.named_parameters(remove_duplicate=False),
-            *average.named_buffers(remove_duplicate=False),
-        )
-    }
+def _cut_average(
+    average: nn.Module, network_name: str, groups: ChannelGroups, keep: Tensor
+) -> None:
     before = describe(average)
-    cut_named(average, named, kept)
+    cut_channels(average.get_submodule(network_name), groups, keep)
     note_change(average, before)
 
 

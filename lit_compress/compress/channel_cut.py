@@ -17,7 +17,6 @@ __all__ = [
     "KeptIndices",
     "begin_autograd_anew",
     "cut_channels",
-    "cut_named",
     "cut_optimizer_state",
     "misfit",
 ]
@@ -55,7 +54,7 @@ def cut_channels(model: nn.Module, groups: ChannelGroups, keep: Tensor) -> Chann
             "anew."
         )
     tensors = _tensors(model)
-    cut_named(model, tensors, kept)
+    _cut_named(model, tensors, kept)
     for width in groups.widths:
         size = tensors[width.tensor].shape[width.dim] // width.divisor
         setattr(model.get_submodule(width.module), width.attribute, size)
@@ -78,29 +77,6 @@ def misfit(model: nn.Module, groups: ChannelGroups) -> str | None:
                 f"there and {size} here"
             )
     return None
-
-
-@torch.no_grad()
-def cut_named(model: nn.Module, tensors: Mapping[str, Tensor], kept: KeptIndices) -> None:
-    """Cut tensors of a model in place by name, and have its layers say the sizes that are left.
-
-    Args:
-        model: The model, or an average of it.
-        tensors: Its parameters and buffers, by the names that ``kept`` has for them.
-        kept: What stays of each.
-    """
-    for name, indices in kept.items():
-        tensor = tensors[name]
-        gradient = tensor.grad
-        tensor.grad = None
-        tensor.data = take(tensor, indices)
-        if gradient is not None:
-            tensor.grad = take(gradient, indices)
-    cut = {id(tensors[name]) for name in kept}
-    for layer in model.modules():
-        # A tied weight is cut once and known to several layers.
-        if any(id(tensor) in cut for tensor in (*layer.parameters(False), *layer.buffers(False))):
-            _match_attributes(layer)
 
 
 def begin_autograd_anew(parameters: Iterable[Tensor]) -> None:
@@ -202,3 +178,20 @@ def _match_attention(layer: nn.MultiheadAttention) -> None:
         layer.kdim = layer.vdim = layer.embed_dim
     else:
         layer.kdim, layer.vdim = layer.k_proj_weight.shape[1], layer.v_proj_weight.shape[1]
+
+
+@torch.no_grad()
+def _cut_named(model: nn.Module, tensors: Mapping[str, Tensor], kept: KeptIndices) -> None:
+    """Cut tensors in place by name, and have the layers say the sizes that are left."""
+    for name, indices in kept.items():
+        tensor = tensors[name]
+        gradient = tensor.grad
+        tensor.grad = None
+        tensor.data = take(tensor, indices)
+        if gradient is not None:
+            tensor.grad = take(gradient, indices)
+    cut = {id(tensors[name]) for name in kept}
+    for layer in model.modules():
+        # A tied weight is cut once and known to several layers.
+        if any(id(tensor) in cut for tensor in (*layer.parameters(False), *layer.buffers(False))):
+            _match_attributes(layer)
