@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_compress.compress.channel_groups import ChannelAxis, ChannelGroups
 from lit_compress.compress.channel_statistics import (
+    ActivationStatistic,
     channel_parameters,
     sum_by_channel,
     sum_other_dims,
@@ -31,15 +32,25 @@ __all__ = [
 ]
 
 ImportanceKind = Literal[
-    "l1", "l2", "bn_scale", "taylor", "fpgm", "apoz", "activation", "lamp", "random"
+    "l1",
+    "l2",
+    "bn_scale",
+    "taylor",
+    "fpgm",
+    "apoz",
+    "activation",
+    "contribution",
+    "lamp",
+    "random",
 ]
 Normalization = Literal["none", "mean", "max"]
 ImportanceFunction: TypeAlias = Callable[[nn.Module, ChannelGroups], Tensor]
 Importance: TypeAlias = ImportanceKind | ImportanceFunction
 
-ACTIVATION_STATISTICS: dict[str, Literal["nonzero", "magnitude"]] = {
+ACTIVATION_STATISTICS: dict[str, ActivationStatistic] = {
     "apoz": "nonzero",
     "activation": "magnitude",
+    "contribution": "contribution",
 }
 """The kinds that need activations, and the statistic of each."""
 
@@ -68,6 +79,9 @@ def channel_importance(
     - ``"apoz"``: share of values that are not zero where it is read (Hu et al. 2016, "Network
       Trimming", equation 1); says little behind GELU or SiLU, which are hardly ever zero.
     - ``"activation"``: mean absolute value where it is read.
+    - ``"contribution"``: share of the output variance of the layers that read it, which is what is
+      lost with it: the error of He et al. 2017 ("Channel Pruning for Accelerating Very Deep Neural
+      Networks", equation 1), were the channels uncorrelated and the mean made up for.
     - ``"lamp"``: squared l2 norm over the sum of those in the group not smaller (Lee et al. 2021,
       "Layer-Adaptive Sparsity for the Magnitude-based Pruning", equation 3).
     - ``"random"``: uniform in [0, 1).
@@ -88,8 +102,8 @@ def channel_importance(
             its group, or ``"none"``. By default ``"mean"``, but ``"none"`` for taylor, lamp and
             random, which compare as they are, and for a function.
         measured: For ``"taylor"`` what
-            :func:`~lit_compress.compress.channel_statistics.measure_taylor` gives, for ``"apoz"``
-            and ``"activation"`` what
+            :func:`~lit_compress.compress.channel_statistics.measure_taylor` gives, for ``"apoz"``,
+            ``"activation"`` and ``"contribution"`` what
             :func:`~lit_compress.compress.channel_statistics.measure_activations` gives; shape
             ``[num_channels]``. Groups with a NaN in it are scored by l2.
         seed: For ``"random"``.
@@ -228,6 +242,7 @@ IMPORTANCES: dict[str, Callable[[_Evidence], Tensor]] = {
     "fpgm": _fpgm,
     "apoz": _measured,
     "activation": _measured,
+    "contribution": _measured,
     "lamp": _lamp,
     "random": _random,
 }

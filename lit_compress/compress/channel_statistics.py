@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lit_compress.compress.calibration import Forward, evaluation_mode
 from lit_compress.compress.channel_groups import ChannelAxis, ChannelGroups
 
 __all__ = [
+    "ActivationStatistic",
     "channel_parameters",
     "first_order",
     "measure_activations",
@@ -27,6 +28,9 @@ __all__ = [
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+ActivationStatistic: TypeAlias = Literal["nonzero", "magnitude", "contribution"]
 
 
 def channel_parameters(
@@ -202,14 +206,16 @@ def measure_activations(
     groups: ChannelGroups,
     batches: Iterable[Any],
     forward: Forward,
-    statistic: Literal["nonzero", "magnitude"],
+    statistic: ActivationStatistic,
 ) -> Tensor:
     """What the layers that read a channel see of it.
 
     The inputs of convolutions, linear and attention layers are looked at, which is after whatever
     activation stands before them. A channel that several layers read has the mean over them.
 
-    Source: Hu et al. 2016, "Network Trimming", equation 1, for the share of zeros.
+    Source: Hu et al. 2016, "Network Trimming", equation 1, for the share of zeros. He et al. 2017,
+    "Channel Pruning for Accelerating Very Deep Neural Networks", equation 1, for the contribution:
+    what is lost where the channel goes, were the channels uncorrelated and the mean made up for.
 
     Args:
         model: The module that was traced; put into evaluation mode meanwhile.
@@ -217,7 +223,9 @@ def measure_activations(
         batches: Calibration batches, at least one.
         forward: Runs the model on one batch.
         statistic: ``"nonzero"``: the share of values that are not zero, in [0, 1].
-            ``"magnitude"``: the mean absolute value.
+            ``"magnitude"``: the mean absolute value. ``"contribution"``: the share of the reading
+            layer's output variance that comes from the channel, in [0, 1]: the variance of its
+            values times the squared norm of the weights that read it.
 
     Returns:
         float32 on the CPU, shape ``[num_channels]``; NaN where no such layer reads the channel.
@@ -226,8 +234,8 @@ def measure_activations(
         ValueError: If ``statistic`` is unknown, ``batches`` is empty or an activation holds NaN or
             infinity.
     """
-    if statistic not in ("nonzero", "magnitude"):
-        raise ValueError(f"statistic is {statistic!r}, expected 'nonzero' or 'magnitude'.")
+    if statistic not in _MOMENTS:
+        raise ValueError(f"statistic is {statistic!r}, expected one of {', '.join(_MOMENTS)}.")
     modules = dict(model.named_modules(remove_duplicate=False))
     readers: dict[str, tuple[ChannelAxis, nn.Module]] = {}
     for axis in groups.axes:
@@ -248,10 +256,34 @@ def measure_activations(
         raise ValueError("batches is empty; give at least one calibration batch.")
     rows = [torch.full((groups.num_channels,), torch.nan)]
     for layer, (sums, count) in seen.items():
-        axis = readers[layer][0]
-        indices = sum_by_channel(torch.ones(axis.channels.numel()), axis, groups.num_channels)
-        rows.append(sum_by_channel(sums / count, axis, groups.num_channels) / indices)
+        axis, module = readers[layer]
+        mean = sums / count
+        if statistic == "contribution":
+            weight = module.get_parameter(axis.tensor.rpartition(".")[2]).detach().float()
+            reads = sum_other_dims(weight.square(), axis.dim).cpu()
+            parts = (mean[1] - mean[0].square()).clamp(min=0) * reads
+            shares = parts / parts.sum().clamp(min=torch.finfo(parts.dtype).tiny)
+            rows.append(sum_by_channel(shares, axis, groups.num_channels))
+            rows[-1][_absent(axis, groups)] = torch.nan
+        else:
+            indices = sum_by_channel(torch.ones(axis.channels.numel()), axis, groups.num_channels)
+            rows.append(sum_by_channel(mean[0], axis, groups.num_channels) / indices)
     return torch.stack(rows).nanmean(0)
+
+
+_MOMENTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "nonzero": (lambda values: values.ne(0),),
+    "magnitude": (torch.abs,),
+    "contribution": (lambda values: values, torch.square),
+}
+"""What is summed up of the values, for each statistic."""
+
+
+def _absent(axis: ChannelAxis, groups: ChannelGroups) -> Tensor:
+    """Which channels an axis does not hold: bool, shape ``[num_channels]``."""
+    absent = torch.ones(groups.num_channels, dtype=torch.bool)
+    absent[axis.channels[axis.channels >= 0]] = False
+    return absent
 
 
 def _channel_dim(module: nn.Module | None) -> int | None:
@@ -274,9 +306,10 @@ def _reading_hook(
         # A grouped convolution's axis has fewer indices than its input has channels.
         if dim is None or inputs.shape[dim] != axis.channels.numel():
             return
-        values = inputs.detach()
-        values = values.ne(0) if statistic == "nonzero" else values.abs()
-        sums = sum_other_dims(values.to(torch.float32), dim % inputs.dim()).cpu().double()
+        values = inputs.detach().float()
+        moments = [moment(values).float() for moment in _MOMENTS[statistic]]
+        by_channel = [sum_other_dims(moment, dim % inputs.dim()) for moment in moments]
+        sums = torch.stack(by_channel).cpu().double()
         if not bool(torch.isfinite(inputs).all()):
             raise ValueError(
                 f"the input of {layer!r} holds NaN or infinity on a calibration batch; look at the "

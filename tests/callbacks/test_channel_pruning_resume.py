@@ -180,14 +180,17 @@ def test_a_run_goes_on_after_another_structure_was_tested(run, tmp_path):
     assert widths(resumed) == callback.kept == HALF
 
 
-def test_a_fit_does_not_take_the_state_of_a_checkpoint_that_was_tested(run):
-    _, _, _, folder = run
-    callback, module = pruning(schedule=EPOCHS), Shrinking()
-    trainer(callbacks=[callback]).test(module, loader(16), ckpt_path=folder / "epoch=3.ckpt")
-    fresh, watch = Shrinking(), Watch()
-    trainer(max_epochs=4, callbacks=[callback, watch]).fit(fresh, loader())
-    assert widths(fresh) == HALF
-    assert watch.firsts[::8] == [8, 7, 5, 4]
+def test_a_fit_does_not_take_the_state_of_a_checkpoint_that_was_evaluated(tmp_path):
+    def callback():
+        return pruning(schedule=Schedule("linear", begin=0.0, end=0.5, update_every=0.25))
+
+    in_epochs(callback(), folder=tmp_path, max_epochs=2)
+    again, module = callback(), Net()
+    run = trainer(callbacks=[again], max_epochs=4)
+    run.validate(module, loader(16), ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
+    run.fit(module, loader())
+    assert again.ramp.end == 16  # of this run; the evaluated one ended its cuts at 8
+    assert widths(module) == HALF
 
 
 def test_a_checkpoint_of_another_model_is_refused(run, tmp_path):
