@@ -23,13 +23,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lit_compress.compress.channel_costs import PlanCost
-from lit_compress.compress.channel_cut import cut_channels
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_importance import channel_importance
-from lit_compress.compress.channel_order import uniform_plan
-from lit_compress.compress.channel_plan import ChannelPlan, choose_channels
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.costs import PlanCost
+from lit_compress.compress.channels.cut import cut_channels
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.importance import channel_importance
+from lit_compress.compress.channels.order import uniform_plan
+from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure import count_macs, count_params, layer_complexity
 from lit_compress.tasks import build_model
 

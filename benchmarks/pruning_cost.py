@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet50
 
 from lit_compress import ChannelPruning, Schedule, compare_latency, count_macs
-from lit_compress.compress.channel_cut import cut_channels, cut_optimizer_state
-from lit_compress.compress.channel_goal import ChannelGoal
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_importance import channel_importance
-from lit_compress.compress.channel_plan import ChannelPlan, choose_channels
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.cut import cut_channels, cut_optimizer_state
+from lit_compress.compress.channels.goal import ChannelGoal
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.importance import channel_importance
+from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure import layer_complexity
 from lit_compress.search.sensitivity import point_overhead
 from lit_compress.tasks import build_model, load_weights, weights_path

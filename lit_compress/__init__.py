@@ -5,8 +5,8 @@ from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.loading import load_compressed
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
-from lit_compress.compress.channel_penalty import ChannelPenalty
-from lit_compress.compress.channel_plan import ChannelPlan
+from lit_compress.compress.channels.penalty import ChannelPenalty
+from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.schedules import Schedule
 from lit_compress.measure import (
     CompressionReport,

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.callbacks._training_sample import NetworkInput, TrainingSample
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_importance import (
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.importance import (
     ACTIVATION_STATISTICS,
     IMPORTANCES,
     Importance,
     channel_importance,
 )
-from lit_compress.compress.channel_statistics import measure_activations, measure_taylor
+from lit_compress.compress.channels.statistics import measure_activations, measure_taylor
 
 __all__ = ["channel_scores", "check_importance", "run_network"]
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lit_compress.callbacks._channel_scores import channel_scores
 from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
-from lit_compress.compress.channel_cut import cut_channels
-from lit_compress.compress.channel_goal import ChannelGoal
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_importance import Importance
-from lit_compress.compress.channel_plan import ChannelPlan, choose_channels
-from lit_compress.compress.channel_progress import ChannelProgress, Spread
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.cut import cut_channels
+from lit_compress.compress.channels.goal import ChannelGoal
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.importance import Importance
+from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
+from lit_compress.compress.channels.progress import ChannelProgress, Spread
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.structure import record_of, replay
 from lit_compress.compress.structure_record import StructureRecord
 from lit_compress.measure import layer_complexity, measure_latency

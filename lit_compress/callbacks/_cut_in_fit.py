@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_compress.callbacks._weight_averages import averaged_modules
-from lit_compress.compress.channel_cut import (
+from lit_compress.compress.channels.cut import (
     KeptIndices,
     begin_autograd_anew,
     cut_channels,
     cut_optimizer_state,
 )
-from lit_compress.compress.channel_groups import ChannelGroups
+from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.layers import plain_name
 from lit_compress.compress.structure import describe, note_change
 
@@ -70,7 +70,7 @@ def cut_in_fit(
         The groups of the network as it is now.
 
     Raises:
-        ValueError: As :func:`~lit_compress.compress.channel_cut.cut_channels`.
+        ValueError: As :func:`~lit_compress.compress.channels.cut.cut_channels`.
     """
     network_name = next(name for name, m in pl_module.named_modules() if m is network)
     prefix = plain_name(f"{network_name}." if network_name else "")

@@ -30,14 +30,14 @@ from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.batch_norm import recalibrate_batch_norm
-from lit_compress.compress.channel_cut import misfit
-from lit_compress.compress.channel_goal import ChannelAllocation, ChannelGoal, PruningRatio
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_importance import Importance
-from lit_compress.compress.channel_penalty import ChannelPenalty, add_penalty
-from lit_compress.compress.channel_plan import ChannelPlan
-from lit_compress.compress.channel_progress import ChannelProgress, Spread, check_spread
-from lit_compress.compress.reconstruction import reconstruct
+from lit_compress.compress.channels.cut import misfit
+from lit_compress.compress.channels.goal import ChannelAllocation, ChannelGoal, PruningRatio
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.importance import Importance
+from lit_compress.compress.channels.penalty import ChannelPenalty, add_penalty
+from lit_compress.compress.channels.plan import ChannelPlan
+from lit_compress.compress.channels.progress import ChannelProgress, Spread, check_spread
+from lit_compress.compress.channels.reconstruction import reconstruct
 from lit_compress.compress.schedules import Ramp, Schedule, absolute_moment
 from lit_compress.measure import count_macs, count_params
 
@@ -80,7 +80,7 @@ class ChannelPruning(pl.Callback):
         allocation: How a ratio or target is shared: ``"uniform"`` (the same ratio everywhere) or
             ``"global"`` (the channels of least importance in the whole model).
         importance: What the channels that stay have most of; the table in
-            :func:`~lit_compress.compress.channel_importance.channel_importance`, or a function
+            :func:`~lit_compress.compress.channels.importance.channel_importance`, or a function
             ``(network, groups) -> scores``.
         schedule: When channels go.
         spread: ``"channels"``: each moment of the schedule takes some channels of every group;

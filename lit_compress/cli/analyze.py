@@ -24,10 +24,10 @@ from lit_compress.callbacks._resident_validation import ResidentValidation, reco
 from lit_compress.cli.analysis_options import analysis_parser, checked_ratios
 from lit_compress.cli.inspection import numbers
 from lit_compress.cli.subject import Subject, find_subject, quiet
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_importance import channel_importance
-from lit_compress.compress.channel_plan import ChannelPlan
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.importance import channel_importance
+from lit_compress.compress.channels.plan import ChannelPlan
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint
 from lit_compress.measure.inputs import as_call, with_batch_size
 from lit_compress.search.sensitivity import planned_points, sensitivity_curves

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.channel_groups import take
+from lit_compress.compress.channels.groups import take
 from lit_compress.compress.patterns import SparsityPattern, Unstructured
 from lit_compress.compress.sparsity import magnitude_masks, pack_mask, unpack_mask
 

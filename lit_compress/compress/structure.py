@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.channel_cut import begin_autograd_anew
+from lit_compress.compress.channels.cut import begin_autograd_anew
 from lit_compress.compress.layers import plain_name
 from lit_compress.compress.structure_record import (
     SEQUENCES,

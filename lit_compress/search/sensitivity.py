@@ -17,9 +17,9 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from lit_compress.compress.channel_cut import cut_channels
-from lit_compress.compress.channel_groups import ChannelGroup, ChannelGroups
-from lit_compress.compress.channel_plan import ChannelPlan, choose_channels
+from lit_compress.compress.channels.cut import cut_channels
+from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
+from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
 from lit_compress.search.sensitivity_result import SensitivityPoint, SensitivityResult
 
 __all__ = ["Evaluate", "Tune", "planned_points", "point_overhead", "sensitivity_curves"]
@@ -50,7 +50,7 @@ def sensitivity_curves(
         model: The module that the groups were found in.
         groups: Its channels.
         scores: How much each channel matters, shape ``[groups.num_channels]``; see
-            :func:`~lit_compress.compress.channel_importance.channel_importance`.
+            :func:`~lit_compress.compress.channels.importance.channel_importance`.
         evaluate: Gives the metrics of a copy.
         ratios: Channels removed ÷ original, each in (0, 1). Of each block of a group the nearest
             whole number of channels stays, at least one; ratios that leave the same number in a

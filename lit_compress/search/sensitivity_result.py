@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_compress.compress.channel_groups import ChannelGroup, ChannelGroups
-from lit_compress.compress.channel_plan import ChannelPlan, rounding_step
+from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
+from lit_compress.compress.channels.plan import ChannelPlan, rounding_step
 from lit_compress.measure.plain import from_plain, to_plain
 from lit_compress.measure.table import UNKNOWN, aligned
 

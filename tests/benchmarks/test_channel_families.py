@@ -7,10 +7,10 @@ import torch
 from channel_families import FAMILIES, build, prune, read_results, table
 from torch import nn
 
-from lit_compress.compress.channel_cut import cut_channels
-from lit_compress.compress.channel_groups import take
-from lit_compress.compress.channel_tracing import find_channel_groups
-from lit_compress.compress.channel_trial import tensors_in
+from lit_compress.compress.channels.cut import cut_channels
+from lit_compress.compress.channels.groups import take
+from lit_compress.compress.channels.tracing import find_channel_groups
+from lit_compress.compress.channels.trial import tensors_in
 from lit_compress.measure import count_params
 from tests.compress.cut_checks import random_keep, silence, tensors_of
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch_pruning
 
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure import count_macs
 from lit_compress.tasks import build_model
 

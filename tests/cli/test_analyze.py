@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress.callbacks._resident_validation import ResidentValidation
 from lit_compress.cli import analyze, main
-from lit_compress.compress.channel_cut import cut_channels
-from lit_compress.compress.channel_plan import ChannelPlan
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.cut import cut_channels
+from lit_compress.compress.channels.plan import ChannelPlan
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.structure import describe, difference
 from lit_compress.compress.structure_record import STRUCTURE_KEY, StructureRecord
 from lit_compress.search.sensitivity_result import SensitivityResult

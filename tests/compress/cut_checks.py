@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.channel_cut import cut_channels
-from lit_compress.compress.channel_groups import ChannelGroups
-from lit_compress.compress.channel_tracing import find_channel_groups
-from lit_compress.compress.channel_trial import tensors_in
+from lit_compress.compress.channels.cut import cut_channels
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.tracing import find_channel_groups
+from lit_compress.compress.channels.trial import tensors_in
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

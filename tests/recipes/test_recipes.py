@@ -12,7 +12,7 @@ import yaml
 
 from lit_compress import CompressionReport, load_compressed
 from lit_compress.cli import main
-from lit_compress.compress.channel_tracing import find_channel_groups
+from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.tasks import ImageClassifier, build_model
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_compress.compress.channel_groups import ChannelGroup, ChannelGroups
-from lit_compress.compress.channel_importance import channel_importance
+from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
+from lit_compress.compress.channels.importance import channel_importance
 from lit_compress.search.sensitivity import planned_points, point_overhead, sensitivity_curves
 from lit_compress.search.sensitivity_result import SensitivityPoint, SensitivityResult
-from tests.compress.hand_made_groups import conv_net, cut
+from tests.compress.channels.hand_made_groups import conv_net, cut
 
 RATIOS = (0.25, 0.5, 0.9)
 

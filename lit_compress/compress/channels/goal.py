@@ -1,0 +1,162 @@
+"""What channel pruning is to reach, as a user declares it, and the plan that it becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from lit_compress.compress.channels.budget import meet_target
+from lit_compress.compress.channels.costs import PlanCost
+from lit_compress.compress.channels.groups import ChannelGroups
+from lit_compress.compress.channels.order import (
+    RemovalOrder,
+    check_pruning_ratio,
+    plan_from_ratios,
+    plan_from_scores,
+    uniform_plan,
+)
+from lit_compress.compress.channels.plan import ChannelPlan
+
+__all__ = ["ChannelAllocation", "ChannelGoal", "PruningRatio"]
+
+ChannelAllocation: TypeAlias = Literal["uniform", "global"]
+PruningRatio: TypeAlias = float | list[float] | dict[str, float]
+
+LATENCY_TOLERANCE = 0.05
+"""How far below its target a latency may lie; the others may lie 1 % below."""
+
+
+@dataclass(frozen=True)
+class ChannelGoal:
+    """Which channels are to be left in the end: by number, by ratio or by what the model may cost.
+
+    Attributes:
+        pruning_ratio: Channels removed ÷ original: one for every group, a list with one for each,
+            or by name patterns of groups. Beside a target, a list or mapping gives the proportions.
+        plan: The numbers themselves, or the path of a JSON file with them.
+        target_macs_ratio: Multiply-adds kept ÷ dense, in (0, 1].
+        target_params_ratio: Parameters kept ÷ dense, in (0, 1].
+        target_size_bytes: Bytes of the weights' file.
+        target_latency_ms: Milliseconds of one forward pass of one example.
+        allocation: How a ratio or target is shared: ``"uniform"`` (the same ratio in each group) or
+            ``"global"`` (channels of least importance in the whole model go first).
+        round_to: Kept channels are multiples of it, at least 1.
+
+    Raises:
+        ValueError: If none or several ways to say it are given, or a value is out of range.
+    """
+
+    pruning_ratio: PruningRatio | None = None
+    plan: ChannelPlan | str | Path | None = None
+    target_macs_ratio: float | None = None
+    target_params_ratio: float | None = None
+    target_size_bytes: int | None = None
+    target_latency_ms: float | None = None
+    allocation: ChannelAllocation = "uniform"
+    round_to: int = 8
+
+    def __post_init__(self) -> None:
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        proportions = isinstance(self.pruning_ratio, (list, dict)) and bool(given)
+        ways = [n for n in ("pruning_ratio", "plan") if getattr(self, n) is not None] + given
+        if len(ways) - proportions != 1:
+            raise ValueError(
+                f"{' and '.join(ways) or 'nothing'} was given to say how many channels are to go; "
+                "give exactly one of pruning_ratio, plan, "
+                f"{', '.join(_TARGETS)} (beside a target, a pruning_ratio by list or mapping gives "
+                "the proportions)."
+            )
+        if self.allocation not in ("uniform", "global"):
+            raise ValueError(f"allocation is {self.allocation!r}, expected 'uniform' or 'global'.")
+        if self.allocation == "global" and isinstance(self.pruning_ratio, (list, dict)):
+            raise ValueError(
+                "allocation='global' finds out how much each group loses, and pruning_ratio says "
+                "it for each; give a single number or allocation='uniform'."
+            )
+        if isinstance(self.round_to, bool) or self.round_to < 1:
+            raise ValueError(f"round_to is {self.round_to}, expected a whole number from 1 on.")
+        for name in given:
+            _check_target(name, getattr(self, name))
+        ratios = self.pruning_ratio
+        if isinstance(ratios, (int, float)):
+            check_pruning_ratio("pruning_ratio", ratios)
+        if isinstance(self.plan, (str, Path)) and not Path(self.plan).is_file():
+            raise ValueError(f"plan is {str(self.plan)!r}, and there is no such file.")
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether the plan depends on measured latency."""
+        return self.target_latency_ms is not None
+
+    def resolve(
+        self,
+        groups: ChannelGroups,
+        model: nn.Module,
+        scores: Tensor,
+        layer_macs: Mapping[str, int],
+        latency_ms: Callable[[ChannelPlan], float],
+    ) -> ChannelPlan:
+        """The plan for a model.
+
+        Args:
+            groups: The channels of the dense model.
+            model: The dense model.
+            scores: How much each channel matters, shape ``[groups.num_channels]``; comparable
+                between groups where ``allocation`` is ``"global"``.
+            layer_macs: Multiply-adds of each layer of the dense model, by module name.
+            latency_ms: Measures the model that a plan leaves; called only for a latency target.
+
+        Raises:
+            ValueError: If a plan is for another model or its file is damaged, a name pattern
+                matches no group, or the target cannot be reached.
+        """
+        if self.plan is not None:
+            plan = self.plan if isinstance(self.plan, ChannelPlan) else ChannelPlan.load(self.plan)
+            plan.check(groups)
+            return plan
+        if self.allocation == "global":
+            order = RemovalOrder.by_scores(groups, scores, round_to=self.round_to)
+        else:
+            ratios = self.pruning_ratio if isinstance(self.pruning_ratio, (list, dict)) else None
+            order = RemovalOrder.by_ratios(groups, ratios, round_to=self.round_to)
+        if self.target_macs_ratio is not None:
+            cost = PlanCost.macs(groups, model, layer_macs)
+            return meet_target(order, cost, self.target_macs_ratio * cost(order.plan(0)))
+        if self.target_params_ratio is not None:
+            cost = PlanCost.num_params(groups, model)
+            return meet_target(order, cost, self.target_params_ratio * cost(order.plan(0)))
+        if self.target_size_bytes is not None:
+            return meet_target(order, PlanCost.size_bytes(groups, model), self.target_size_bytes)
+        if self.target_latency_ms is not None:
+            return meet_target(
+                order, latency_ms, self.target_latency_ms, tolerance=LATENCY_TOLERANCE
+            )
+        return self._by_ratio(groups, scores)
+
+    def _by_ratio(self, groups: ChannelGroups, scores: Tensor) -> ChannelPlan:
+        ratio = self.pruning_ratio
+        assert ratio is not None, "__post_init__ has seen to it"
+        if isinstance(ratio, (list, dict)):
+            return plan_from_ratios(groups, ratio, round_to=self.round_to)
+        if self.allocation == "global":
+            return plan_from_scores(groups, scores, ratio, round_to=self.round_to)
+        return uniform_plan(groups, ratio, round_to=self.round_to)
+
+
+_TARGETS = ("target_macs_ratio", "target_params_ratio", "target_size_bytes", "target_latency_ms")
+
+
+def _check_target(name: str, target: float) -> None:
+    is_number = isinstance(target, (int, float)) and not isinstance(target, bool)
+    if not is_number or not math.isfinite(target) or target <= 0:
+        raise ValueError(f"{name} is {target!r}, expected a positive number.")
+    if name.endswith("ratio") and target > 1:
+        raise ValueError(
+            f"{name} is {target}, expected what is kept ÷ dense, in (0, 1]. For half of it "
+            f"write {name}=0.5."
+        )
