@@ -71,7 +71,8 @@ def test_a_missed_bar_is_named(changes, message):
 def test_tables_show_mean_and_deviation_of_the_seeds():
     table = channel_pruning.accuracy_table(results())
     assert (
-        "| `ChannelPruning`, chosen by the pilot | 0.498 | 30.00 ± 0.00 | 87.20 ± 0.10 |" in table
+        "| `ChannelPruning`, inside of blocks, importance `group` | 0.498 | 30.00 ± 0.00 "
+        "| 87.20 ± 0.10 |" in table
     )
     repairs = channel_pruning.repair_table(results())
     assert "| all layers | 40.00 ± 0.00 | 40.00 ± 0.00 | 70.00 ± 0.00 | 70.00 ± 0.00 |" in repairs

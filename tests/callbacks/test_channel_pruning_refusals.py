@@ -129,7 +129,9 @@ class EmptyStream(IterableDataset):
         return iter(())
 
 
-@pytest.mark.parametrize("data", [DataLoader([]), [], DataLoader(EmptyStream())], ids=str)
+@pytest.mark.parametrize(
+    "data", [DataLoader([]), [], DataLoader(EmptyStream())], ids=["loader", "list", "stream"]
+)
 def test_no_batch(data):
     message = "the training data has no batch, and at least one is needed"
     refused(MisconfigurationException, message, pruning(), data=data)

@@ -34,6 +34,7 @@ __all__ = [
 ImportanceKind = Literal[
     "l1",
     "l2",
+    "group",
     "bn_scale",
     "taylor",
     "fpgm",
@@ -70,6 +71,9 @@ def channel_importance(
 
     - ``"l1"``, ``"l2"``: norm of the weights that make it, depthwise ones included (Li et al. 2017,
       "Pruning Filters for Efficient ConvNets", section 3.1).
+    - ``"group"``: mean, over all tensors that make, scale or read it, of its sum of squares there;
+      norms count by their weight (Fang et al. 2023, "DepGraph", equation 6 without its sparse
+      training). What is read with small weights matters little, however large it is made.
     - ``"bn_scale"``: absolute scale of its norm layers (Liu et al. 2017, "Network Slimming",
       section 3); l2 in groups without a norm.
     - ``"taylor"``: squared first-order change of the loss without it (Molchanov et al. 2019,
@@ -160,6 +164,15 @@ class _Evidence:
                 scales.append((axis, parameter.detach().float()))
         return scales
 
+    def readers(self) -> list[tuple[ChannelAxis, Tensor]]:
+        """The weights that read channels."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return [
+            (axis, parameters[axis.tensor].detach().float())
+            for axis in self.groups.axes
+            if axis.role == "in" and axis.tensor in parameters
+        ]
+
     def norms(self, power: int, of: list[tuple[ChannelAxis, Tensor]]) -> Tensor:
         """Norms of the channels' parts of some tensors; NaN where none holds the channel."""
         layers = []
@@ -179,6 +192,15 @@ def _l1(evidence: _Evidence) -> Tensor:
 
 def _l2(evidence: _Evidence) -> Tensor:
     return _filled(evidence.norms(2, evidence.weights()), _without_weights(evidence), evidence)
+
+
+def _group(evidence: _Evidence) -> Tensor:
+    layers = [
+        sum_by_channel(sum_other_dims(w.square(), axis.dim), axis, evidence.groups.num_channels)
+        for axis, w in (*evidence.weights(), *evidence.readers(), *evidence.norm_scales())
+    ]
+    absent = torch.full((evidence.groups.num_channels,), torch.nan)
+    return _filled(torch.stack([absent, *layers]).nanmean(0), _without_weights(evidence), evidence)
 
 
 def _bn_scale(evidence: _Evidence) -> Tensor:
@@ -237,6 +259,7 @@ def _random(evidence: _Evidence) -> Tensor:
 IMPORTANCES: dict[str, Callable[[_Evidence], Tensor]] = {
     "l1": _l1,
     "l2": _l2,
+    "group": _group,
     "bn_scale": _bn_scale,
     "taylor": _measured,
     "fpgm": _fpgm,

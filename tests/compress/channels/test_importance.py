@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_compress.compress.channels.importance import IMPORTANCES, channel_importance
+from lit_compress.compress.channels.importance import (
+    ACTIVATION_STATISTICS,
+    IMPORTANCES,
+    channel_importance,
+)
 from lit_compress.compress.channels.statistics import (
     first_order,
     measure_activations,
@@ -15,7 +19,7 @@ from lit_compress.compress.channels.statistics import (
 from tests.compress.channels.hand_made_groups import conv_net, groups_of
 
 WEIGHT_KINDS = ["l1", "l2", "lamp"]
-UNMEASURED = [k for k in IMPORTANCES if k not in ("taylor", "apoz", "activation")]
+UNMEASURED = [k for k in IMPORTANCES if k != "taylor" and k not in ACTIVATION_STATISTICS]
 
 
 def forward(model, batch):
@@ -52,6 +56,13 @@ def test_scores_by_hand(kind, expected):
     model, groups = linear_pair([[3.0, 4.0], [0.0, 0.0], [0.0, -1.0]])
     scores = channel_importance(model, groups, kind, normalize="none")
     torch.testing.assert_close(scores, torch.tensor(expected))
+
+
+def test_a_group_score_counts_what_reads_the_channel():
+    model, groups = linear_pair([[3.0, 4.0], [0.0, 0.0], [0.0, -1.0]])
+    model[2].weight.data = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    scores = channel_importance(model, groups, "group", normalize="none")
+    torch.testing.assert_close(scores, torch.tensor([13.0, 0.5, 2.5]))
 
 
 def test_normalization_by_hand():
@@ -283,6 +294,26 @@ def test_activations_by_hand():
     assert torch.equal(scores, nonzero)
 
 
+def test_contributions_by_hand():
+    model, groups = linear_pair([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    model[0].bias.data.zero_()
+    model[2].weight.data = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    batches = [torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[-2.0, -1.0]])]
+    shares = measure_activations(model, groups, batches, forward, "contribution")
+    # variances 14/9, 8/9, 8/9 times the squared weights 1, 1, 4 that read them
+    torch.testing.assert_close(shares, torch.tensor([14 / 54, 8 / 54, 32 / 54]))
+
+
+def test_a_constant_channel_contributes_nothing():
+    model, groups = conv_net()
+    model[1].weight.data[2] = 0.0
+    model[1].bias.data[2] = 5.0
+    model.eval()
+    shares = measure_activations(model, groups, [torch.rand(4, 1, 6, 6)], forward, "contribution")
+    assert shares[2] == pytest.approx(0.0, abs=1e-6)
+    assert (shares >= 0).all()
+
+
 def test_a_dead_channel_has_the_lowest_apoz_and_positions_of_a_flatten_are_averaged():
     torch.manual_seed(0)
     model, groups = conv_net()
@@ -383,7 +414,7 @@ def test_unknown_kinds_and_normalizations_are_refused():
         channel_importance(model, groups, "l3")
     with pytest.raises(ValueError, match=r"normalize is 'sum', expected 'none'"):
         channel_importance(model, groups, "l1", normalize="sum")
-    with pytest.raises(ValueError, match=r"statistic is 'max', expected 'nonzero'"):
+    with pytest.raises(ValueError, match=r"statistic is 'max', expected one of nonzero"):
         measure_activations(model, groups, [], forward, "max")
 
 
