@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_compress.callbacks._weight_averages import num_extra_epochs
+from lit_compress.compress.schedules import Ramp, Schedule, absolute_moment
 
-__all__ = ["current_moment", "run_length"]
+__all__ = ["current_moment", "resolved_moment", "resolved_schedule", "run_length"]
 
 
 def run_length(trainer: pl.Trainer, unit: str) -> float:
@@ -41,6 +44,53 @@ def run_length(trainer: pl.Trainer, unit: str) -> float:
     if trainer.max_steps >= 0 and math.isfinite(steps_per_epoch):
         epochs = min(epochs, math.ceil(trainer.max_steps / steps_per_epoch))
     return epochs
+
+
+def resolved_schedule(trainer: pl.Trainer, schedule: Schedule, callback: str, missing: str) -> Ramp:
+    """A schedule in the moments of this run.
+
+    Args:
+        trainer: A Trainer whose ``fit`` has begun.
+        schedule: What the user declared.
+        callback: The callback's name, for messages.
+        missing: What a run that ends before the schedule does not reach, for the warning.
+
+    Raises:
+        MisconfigurationException: If it needs a run length that the Trainer does not know, or its
+            moments are out of order in this run.
+    """
+    length = run_length(trainer, schedule.unit)
+    try:
+        ramp = schedule.resolve(length)
+    except ValueError as error:
+        raise MisconfigurationException(f"{callback}: {error}") from error
+    if ramp.end > length:
+        rank_zero_warn(
+            f"{callback}: the schedule ends at {schedule.unit} {ramp.end}, the run at {length}: it "
+            f"will not reach its {missing}."
+        )
+    return ramp
+
+
+def resolved_moment(trainer: pl.Trainer, moment: int | float, unit: str, callback: str) -> int:
+    """A moment of this run, in steps or epochs.
+
+    Args:
+        trainer: A Trainer whose ``fit`` has begun.
+        moment: A float is a fraction of the run, an int is absolute.
+        unit: ``"step"`` or ``"epoch"``.
+        callback: The callback's name, for the message.
+
+    Raises:
+        MisconfigurationException: If it is a fraction of a run that has no known length.
+    """
+    length = run_length(trainer, unit)
+    if isinstance(moment, float) and math.isinf(length):
+        raise MisconfigurationException(
+            f"{callback}: begin is {moment} of a run that has no known length. Set "
+            f"max_epochs or max_steps on the Trainer, or give begin as a whole number of {unit}s."
+        )
+    return absolute_moment(moment, length)
 
 
 def current_moment(trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,7 +23,7 @@ from lit_compress.callbacks._requirements import (
     refuse_sharded_strategy,
     refuse_spawned_processes,
 )
-from lit_compress.callbacks._run_clock import current_moment, run_length
+from lit_compress.callbacks._run_clock import current_moment, resolved_moment, resolved_schedule
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
@@ -38,7 +36,7 @@ from lit_compress.compress.channels.penalty import ChannelPenalty, add_penalty
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.progress import ChannelProgress, Spread, check_spread
 from lit_compress.compress.channels.reconstruction import reconstruct
-from lit_compress.compress.schedules import Ramp, Schedule, absolute_moment
+from lit_compress.compress.schedules import Ramp, Schedule
 from lit_compress.measure import count_macs, count_params
 
 __all__ = ["ChannelPruning"]
@@ -183,9 +181,12 @@ class ChannelPruning(pl.Callback):
         self._sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
         state, self._restored = self._restored, None
         if state is None or not self._continue(state, network):
-            self.ramp, self._last_point = self._resolve_schedule(trainer), None
-            self._penalty_begin, self._next_keep = self._resolve_penalty(trainer), None
-            way = self._way_of(trainer, network)
+            name, unit = type(self).__name__, self.schedule.unit
+            self.ramp = resolved_schedule(trainer, self.schedule, name, "plan")
+            if self.penalty is not None:
+                self._penalty_begin = resolved_moment(trainer, self.penalty.begin, unit, name)
+            self._last_point = self._next_keep = None
+            way = ChannelWay(trainer, network, self._training, self.goal, self.importance)
             self._progress = way.begin(self.spread, self.ignored_layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -310,31 +311,6 @@ class ChannelPruning(pl.Callback):
 
     # --- The plan ---------------------------------------------------------------------------------
 
-    def _resolve_schedule(self, trainer: pl.Trainer) -> Ramp:
-        length = run_length(trainer, self.schedule.unit)
-        try:
-            ramp = self.schedule.resolve(length)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        if ramp.end > length:
-            rank_zero_warn(
-                f"{type(self).__name__}: the schedule ends at {self.schedule.unit} {ramp.end}, the "
-                f"run at {length}: it will not reach its plan."
-            )
-        return ramp
-
-    def _resolve_penalty(self, trainer: pl.Trainer) -> int:
-        if self.penalty is None:
-            return 0
-        length = run_length(trainer, self.schedule.unit)
-        if isinstance(self.penalty.begin, float) and math.isinf(length):
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the penalty begins at {self.penalty.begin} of a run that "
-                "has no known length. Set max_epochs or max_steps on the Trainer, or give begin "
-                f"as a whole number of {self.schedule.unit}s."
-            )
-        return absolute_moment(self.penalty.begin, length)
-
     def _continue(self, state: dict[str, Any], network: nn.Module) -> bool:
         """Go on where a checkpoint of the same run left off; false if it is of another run."""
         if state["declared"] != self._declared:
@@ -352,9 +328,6 @@ class ChannelPruning(pl.Callback):
         self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
         self._penalty_begin, self._next_keep = state["penalty_begin"], state["next_keep"]
         return True
-
-    def _way_of(self, trainer: pl.Trainer, network: nn.Module) -> ChannelWay:
-        return ChannelWay(trainer, network, self._training, self.goal, self.importance)
 
     # --- The cuts ---------------------------------------------------------------------------------
 
@@ -375,7 +348,7 @@ class ChannelPruning(pl.Callback):
         """The channels that stay once the schedule has reached ``point``; rank 0 decides."""
         way, network = self._way, _network(pl_module)
         if self._last_point is None and self.goal.allocation == "global":
-            self._way_of(trainer, network).plan_again(way)
+            ChannelWay(trainer, network, self._training, self.goal, self.importance).plan_again(way)
         scores = channel_scores(trainer, network, way.now, self.importance, self._training)
         keep = way.choose(self._clock.value(point, 0.0, 1.0), scores)
         agreed: Tensor = trainer.strategy.broadcast(keep, src=0)

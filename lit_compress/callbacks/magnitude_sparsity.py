@@ -19,7 +19,7 @@ from lit_compress.callbacks._requirements import (
     refuse_nan_loss,
     refuse_sharded_strategy,
 )
-from lit_compress.callbacks._run_clock import current_moment, run_length
+from lit_compress.callbacks._run_clock import current_moment, resolved_schedule
 from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
 from lit_compress.compress.layers import (
     LayerType,
@@ -134,6 +134,7 @@ class MagnitudeSparsity(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
+            self._restored = None  # evaluating a checkpoint leaves its state here
             refuse_sharded_strategy(trainer, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
@@ -285,7 +286,7 @@ class MagnitudeSparsity(pl.Callback):
     def _start_or_resume(self, trainer: pl.Trainer) -> None:
         state, self._restored = self._restored, None
         if state is None:
-            self.ramp, self._last_point = self._resolve_schedule(trainer), None
+            self._begin_schedule(trainer)
             return
         self._active_weights.load_state_dict(state["weights"])
         if state["target"] == self._declared:
@@ -297,25 +298,17 @@ class MagnitudeSparsity(pl.Callback):
                 f"({state['target']}); its masks are taken over and the new schedule begins."
             )
             self._active_weights.reopen()
-            self.ramp, self._last_point = self._resolve_schedule(trainer), None
+            self._begin_schedule(trainer)
+
+    def _begin_schedule(self, trainer: pl.Trainer) -> None:
+        name = type(self).__name__
+        self.ramp = resolved_schedule(trainer, self.schedule, name, "final sparsity")
+        self._last_point = None
 
     @property
     def _declared(self) -> str:
         """What the run is to reach and when, to recognise a checkpoint of the same run."""
         return f"{self.target}, {self.schedule}"
-
-    def _resolve_schedule(self, trainer: pl.Trainer) -> Ramp:
-        length = run_length(trainer, self.schedule.unit)
-        try:
-            ramp = self.schedule.resolve(length)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        if ramp.end > length:
-            rank_zero_warn(
-                f"{type(self).__name__}: the schedule ends at {self.schedule.unit} {ramp.end}, the "
-                f"run at {length}: it will not reach its final sparsity."
-            )
-        return ramp
 
     def _refuse_shared_weights(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]

@@ -167,7 +167,7 @@ def test_runs_of_unknown_length():
     message = "ChannelPruning: the schedule holds fractions of the run .* no known length"
     refused(MisconfigurationException, message, callback, data=stream)
     callback = pruning(at=3, penalty=ChannelPenalty(0.1, begin=0.5))
-    message = "the penalty begins at 0.5 of a run that has no known length. Set max_epochs or"
+    message = "begin is 0.5 of a run that has no known length. Set max_epochs or"
     refused(MisconfigurationException, message, callback, data=stream)
     fit(pruning(at=3, penalty=ChannelPenalty(0.1, begin=1)), data=stream)
 

@@ -550,3 +550,18 @@ def test_a_module_without_layers_is_refused():
 
     with pytest.raises(ValueError, match="no layer is left"):
         fit(MagnitudeSparsity(0.5), Empty(), DataLoader([]))
+
+
+def test_a_fit_after_validating_a_checkpoint_begins_anew(tmp_path):
+    schedule = Schedule("constant", begin=2, end=2, update_every=1)
+    first = trainer(max_epochs=1, callbacks=[MagnitudeSparsity(0.5, schedule=schedule)])
+    first.fit(Net(), loader())
+    first.save_checkpoint(tmp_path / "sparse.ckpt")
+
+    again, module = MagnitudeSparsity(0.5, schedule=schedule), Net()
+    second = trainer(max_epochs=1, limit_train_batches=1, callbacks=[again])
+    second.validate(module, loader(), ckpt_path=tmp_path / "sparse.ckpt", verbose=False)
+    fresh = Net()
+    second.fit(fresh, loader())
+    assert again.sparsity == 0.0  # the schedule of the new run has not begun
+    assert zeros(fresh) == 0
