@@ -26,7 +26,7 @@ def made_up(arm, top1, after_cut, seed, macs_ratio=0.498):
 
 
 def results(best=0.87, peer=0.86, repaired=0.7, macs_ratio=0.498, seeds=(1, 2, 3), **parts):
-    tops = {accuracy.DENSE: 0.89, accuracy.BEST: best, accuracy.TORCH_PRUNING_INSIDE: peer}
+    tops = {accuracy.DENSE: 0.89, accuracy.BEST: best, accuracy.TORCH_PRUNING_BELOW: peer}
     runs = []
     for seed in seeds:
         for arm in accuracy.ARMS:
