@@ -29,7 +29,12 @@ from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.batch_norm import recalibrate_batch_norm
 from lit_compress.compress.channels.cut import misfit
-from lit_compress.compress.channels.goal import ChannelAllocation, ChannelGoal, PruningRatio
+from lit_compress.compress.channels.goal import (
+    ChannelAllocation,
+    ChannelGoal,
+    PruningRatio,
+    check_count,
+)
 from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.channels.importance import Importance
 from lit_compress.compress.channels.penalty import ChannelPenalty, add_penalty
@@ -136,10 +141,7 @@ class ChannelPruning(pl.Callback):
         )  # fmt: skip
         check_importance(importance)
         check_spread(spread)
-        if isinstance(num_calibration_batches, bool) or num_calibration_batches < 1:
-            raise ValueError(
-                f"num_calibration_batches is {num_calibration_batches}, expected at least 1."
-            )
+        check_count("num_calibration_batches", num_calibration_batches)
         if isinstance(ignored_layers, str):
             raise ValueError(
                 f"ignored_layers is the string {ignored_layers!r}; give a list, as in "

@@ -199,7 +199,10 @@ def test_strategies_that_spawn_processes(strategy):
         ({"pruning_ratio": 0.5, "importance": "size"}, "importance is 'size', expected a function"),
         ({"pruning_ratio": 0.5, "spread": "rows"}, "spread is 'rows', expected 'channels' or"),
         ({"pruning_ratio": 0.5, "round_to": 0}, "round_to is 0, expected a whole number from 1"),
-        ({"pruning_ratio": 0.5, "num_calibration_batches": 0}, "expected at least 1"),
+        (
+            {"pruning_ratio": 0.5, "num_calibration_batches": 0},
+            "num_calibration_batches is 0, expected a whole number",
+        ),
         ({"pruning_ratio": 0.5, "ignored_layers": "fc"}, r"give a list, as in \['fc'\]"),
         ({"pruning_ratio": 0.5, "allocation": "best"}, "expected 'uniform' or 'global'"),
         ({"pruning_ratio": [0.5], "allocation": "global"}, "give a single number or"),

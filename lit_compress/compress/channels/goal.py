@@ -22,7 +22,7 @@ from lit_compress.compress.channels.order import (
 )
 from lit_compress.compress.channels.plan import ChannelPlan
 
-__all__ = ["ChannelAllocation", "ChannelGoal", "PruningRatio"]
+__all__ = ["ChannelAllocation", "ChannelGoal", "PruningRatio", "check_count"]
 
 ChannelAllocation: TypeAlias = Literal["uniform", "global"]
 PruningRatio: TypeAlias = float | list[float] | dict[str, float]
@@ -78,13 +78,14 @@ class ChannelGoal:
                 "allocation='global' finds out how much each group loses, and pruning_ratio says "
                 "it for each; give a single number or allocation='uniform'."
             )
-        if isinstance(self.round_to, bool) or self.round_to < 1:
-            raise ValueError(f"round_to is {self.round_to}, expected a whole number from 1 on.")
+        check_count("round_to", self.round_to)
         for name in given:
             _check_target(name, getattr(self, name))
-        ratios = self.pruning_ratio
-        if isinstance(ratios, (int, float)):
-            check_pruning_ratio("pruning_ratio", ratios)
+        _check_ratios(self.pruning_ratio)
+        if not isinstance(self.plan, (ChannelPlan, str, Path, type(None))):
+            raise ValueError(
+                f"plan is {self.plan!r}, expected a ChannelPlan or the path of its JSON file."
+            )
         if isinstance(self.plan, (str, Path)) and not Path(self.plan).is_file():
             raise ValueError(f"plan is {str(self.plan)!r}, and there is no such file.")
 
@@ -149,6 +150,31 @@ class ChannelGoal:
 
 
 _TARGETS = ("target_macs_ratio", "target_params_ratio", "target_size_bytes", "target_latency_ms")
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse what is no positive whole number.
+
+    Raises:
+        ValueError: If ``count`` is not an int from 1 on.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} is {count!r}, expected a whole number from 1 on.")
+
+
+def _check_ratios(ratios: object) -> None:
+    if isinstance(ratios, (list, dict)):
+        named = ratios.items() if isinstance(ratios, dict) else enumerate(ratios)
+        shown = {f"pruning_ratio[{key!r}]": ratio for key, ratio in named}
+    else:
+        shown = {} if ratios is None else {"pruning_ratio": ratios}
+    for name, ratio in shown.items():
+        if not isinstance(ratio, (int, float)):
+            raise ValueError(
+                f"{name} is {ratio!r}, expected a number in [0, 1), or for pruning_ratio itself "
+                "also a list of them or a mapping from name patterns."
+            )
+        check_pruning_ratio(name, ratio)
 
 
 def _check_target(name: str, target: float) -> None:

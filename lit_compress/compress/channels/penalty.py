@@ -41,7 +41,8 @@ class ChannelPenalty:
     begin: int | float = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.strength, (int, float)) and 0 < self.strength < float("inf")):
+        is_number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
+        if not (is_number and 0 < self.strength < float("inf")):
             raise ValueError(f"strength is {self.strength!r}, expected a positive number.")
         if self.kind not in ("l2", "group_lasso"):
             raise ValueError(f"kind is {self.kind!r}, expected 'l2' or 'group_lasso'.")

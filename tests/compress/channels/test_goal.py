@@ -143,3 +143,19 @@ def test_plans_and_names_that_do_not_fit(tmp_path):
 def test_goals_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
         ChannelGoal(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pruning_ratio": "0.5"}, "pruning_ratio is '0.5', expected a number"),
+        ({"pruning_ratio": [0.5, "a"]}, r"pruning_ratio\[1\] is 'a', expected a number"),
+        ({"pruning_ratio": {"conv*": 1.0}}, r"pruning_ratio\['conv\*'\] is 1.0, expected"),
+        ({"pruning_ratio": 0.5, "round_to": 2.5}, "round_to is 2.5, expected a whole number"),
+        ({"pruning_ratio": 0.5, "round_to": "8"}, "round_to is '8', expected a whole number"),
+        ({"plan": 5}, "plan is 5, expected a ChannelPlan or the path"),
+    ],
+)
+def test_values_of_another_kind_are_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ChannelGoal(**arguments)
