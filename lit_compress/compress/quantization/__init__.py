@@ -1,0 +1,1 @@
+"""Quantization: ranges, integers, and networks that compute with them."""

@@ -1,0 +1,362 @@
+"""A quantized network written with integers, as each runtime reads it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # noqa: F401 (registers quantized_decomposed)
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from lit_compress.compress.quantization.affine import Grid, dequantize, quantize
+from lit_compress.compress.quantization.calls import (
+    input_name,
+    layer_arguments,
+    seen_calls,
+    with_layer_arguments,
+)
+from lit_compress.compress.quantization.network import (
+    Quantization,
+    quantized_network,
+    remove_quantization,
+)
+from lit_compress.compress.quantization.quantizers import ActivationQuantizer, DynamicQuantizer
+
+__all__ = ["IntegerLayer", "IntegerNetwork", "Spelling", "integer_layers", "integer_network"]
+
+_OPS = torch.ops.quantized_decomposed
+_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a runtime wants the same arithmetic to be written.
+
+    Attributes:
+        signed_activations: int8 instead of uint8; zero points are 128 lower.
+        integer_bias: Biases as int32 with the scale of the products, instead of float32.
+        weights_in_graph: Weights as float32 on their grid, with quantization and dequantization in
+            the graph, instead of int8 with dequantization.
+        quantized_outputs: Results of layers on a grid also where no layer takes integers from them.
+    """
+
+    signed_activations: bool = False
+    integer_bias: bool = False
+    weights_in_graph: bool = False
+    quantized_outputs: bool = False
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """The weight and bias of one call of a layer, with its batch norm in them.
+
+    Attributes:
+        values: int8, of the shape of the weight.
+        scale: float32, ``[channels]``.
+        axis: Dimension of the weight along which scales differ.
+        grid: The integers.
+        bias: float32, ``[channels]``; ``None`` where there is none.
+    """
+
+    values: Tensor
+    scale: Tensor
+    axis: int
+    grid: Grid
+    bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The real numbers for which the integers stand (float32)."""
+        return dequantize(self.values, self.scale, torch.zeros_like(self.scale), self.axis)
+
+
+@torch.no_grad()
+def integer_layers(network: nn.Module) -> dict[str, IntegerLayer]:
+    """The layers of a quantized network as integers, batch norms folded into scales and biases.
+
+    A symmetric grid a channel makes this exact: a batch norm multiplies the channel's scale, and
+    the sign of its factor goes to the integers (Jacob et al. 2018, section 3.2, fold weights before
+    they are rounded; here both orders are the same).
+
+    Args:
+        network: From :func:`~lit_compress.compress.quantization.network.prepare`, calibrated or
+            trained.
+
+    Returns:
+        By name of the call.
+
+    Raises:
+        ValueError: If the network is not quantized.
+    """
+    quantization = quantized_network(network)
+    placement = quantization.placement
+    norm_of = {call: norm.partition(":")[0] for norm, call in placement.batch_norms.items()}
+    layers = {}
+    for call, name in placement.weights.items():
+        quantizer = quantization.weight(name)
+        weight = network.get_parameter(name).detach().float()
+        if quantizer.ranges == "minmax":
+            quantizer.follow(weight)
+        axis = 1 if call.partition(":")[2].startswith("conv_transpose") else 0
+        zero = torch.zeros_like(quantizer.scale)
+        values = quantize(weight, quantizer.scale, zero, quantizer.grid, quantizer.axis)
+        bias_name = placement.biases.get(call)
+        bias = None if bias_name is None else network.get_parameter(bias_name).detach().float()
+        scale = quantizer.scale.detach().expand(weight.shape[axis]).clone()
+        if call in norm_of:
+            factor, bias = _folded(network.get_submodule(norm_of[call]), bias)
+            values = values * torch.sign(factor).int().reshape(-1, *[1] * (weight.dim() - 1))
+            scale = scale * factor.abs()
+            scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, 1.0)
+            # A factor of zero took the sign, and with it the integers, to zero.
+        layers[call] = IntegerLayer(values.to(torch.int8), scale, axis, quantizer.grid, bias)
+    return layers
+
+
+def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
+    """A copy of a quantized network that computes with integers where it was told to.
+
+    Its forward consists of torch's ``quantized_decomposed`` operators around the network's own
+    calls, which is what exporters and runtimes turn into integer kernels; in eager mode it says
+    what they compute, slowly.
+
+    Args:
+        network: Calibrated or trained; unchanged.
+        spelling: How the arithmetic is written.
+
+    Raises:
+        ValueError: If the network is not quantized, or an activation has no range yet.
+    """
+    quantization = quantized_network(network)
+    missing = quantization.unready()
+    if missing:
+        raise ValueError(
+            f"activation {missing[0]!r} has no range; calibrate or train the network first."
+        )
+    return IntegerNetwork(network, spelling or Spelling())
+
+
+class IntegerNetwork(nn.Module):
+    """See :func:`integer_network`.
+
+    Attributes:
+        network: The original network, without the weights that are integers now.
+        spelling: How the arithmetic is written.
+    """
+
+    def __init__(self, network: nn.Module, spelling: Spelling) -> None:
+        super().__init__()
+        self.spelling = spelling
+        quantization = quantized_network(network)
+        layers = integer_layers(network)
+        self.network = copy.deepcopy(network)
+        remove_quantization(self.network)
+        self._activation_of = dict(quantization.placement.activations)
+        if spelling.quantized_outputs:
+            self._activation_of |= quantization.placement.outputs
+        self._grids = _activation_grids(quantization, spelling)
+        self._norms = dict(quantization.placement.batch_norms)
+        self._layers: dict[str, _Layer] = {}
+        for index, (call, layer) in enumerate(layers.items()):
+            scale = self._input_scale(quantization, call)
+            self._layers[call] = _Layer(self, index, layer, scale, spelling)
+        self._drop_float_weights(quantization)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the network's own."""
+        count = -1
+
+        def through(value: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return self._quantize(input_name(count), value)
+
+        args, kwargs = tree_map_only(Tensor, through, (args, kwargs))
+        with seen_calls(self.network, self._handle):
+            return self.network(*args, **kwargs)
+
+    def _handle(
+        self,
+        name: str,
+        op: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if name in self._norms:
+            return self._quantize(name, args[0] if args else kwargs["input"])
+        if name in self._layers:
+            _, _, bias = layer_arguments(args, kwargs)
+            layer = self._layers[name]
+            args, kwargs = with_layer_arguments(args, kwargs, layer.weight(), layer.bias(bias))
+        return self._quantize(name, func(*args, **kwargs))
+
+    def _quantize(self, name: str, value: Any) -> Any:
+        place = self._grids.get(self._activation_of.get(name, ""))
+        if place is None:
+            return value
+        return tree_map_only(Tensor, place, value)
+
+    @staticmethod
+    def _input_scale(quantization: Quantization, call: str) -> Tensor | None:
+        """Scale of what goes into a layer, where an integer bias needs it."""
+        name = quantization.placement.layer_inputs.get(call)
+        quantizer = None if name is None else quantization.activation(name)
+        if not isinstance(quantizer, ActivationQuantizer):
+            return None
+        return quantizer.scale.detach()
+
+    def _drop_float_weights(self, quantization: Quantization) -> None:
+        """Weights that live on as integers are not to be stored a second time."""
+        floating = {call.partition(":")[0] for call in quantization.placement.floating}
+        for name in dict.fromkeys(quantization.placement.weights.values()):
+            path, _, attribute = name.rpartition(".")
+            if path not in floating:
+                module = self.network.get_submodule(path)
+                setattr(module, attribute, nn.Parameter(torch.empty(0), requires_grad=False))
+
+
+class _Layer:
+    """Puts an :class:`IntegerLayer` into the graph; its tensors are buffers of the network."""
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        index: int,
+        layer: IntegerLayer,
+        input_scale: Tensor | None,
+        spelling: Spelling,
+    ) -> None:
+        self._owner, self._index, self._spelling = owner, index, spelling
+        self._axis, self._grid = layer.axis, layer.grid
+        scale, bias = layer.scale, layer.bias
+        values = layer.values
+        self._integer_bias = spelling.integer_bias and bias is not None and input_scale is not None
+        if self._integer_bias:
+            assert bias is not None and input_scale is not None
+            values, scale = _widened(layer, bias, input_scale)
+            step = scale * input_scale
+            integers = torch.round(bias / step).clamp(-_INT32, _INT32).to(torch.int32)
+            self._keep(bias=integers, bias_scale=step)
+        elif bias is not None:
+            self._keep(bias=bias)
+        self._has_bias = bias is not None
+        if spelling.weights_in_graph:
+            zero = torch.zeros_like(scale)
+            self._keep(weight=dequantize(values, scale, zero, layer.axis))
+        else:
+            self._keep(weight=values)
+        self._keep(scale=scale, zero_point=torch.zeros(len(scale), dtype=torch.int64))
+
+    def weight(self) -> Tensor:
+        ends = (self._grid.low, self._grid.high)
+        scale, zero = self._kept("scale"), self._kept("zero_point")
+        values = self._kept("weight")
+        if self._spelling.weights_in_graph:
+            values = _OPS.quantize_per_channel(values, scale, zero, self._axis, *ends, torch.int8)
+        result: Tensor = _OPS.dequantize_per_channel(
+            values, scale, zero, self._axis, *ends, torch.int8
+        )
+        return result
+
+    def bias(self, given: Tensor | None) -> Tensor | None:
+        if not self._has_bias:
+            return None
+        bias = self._kept("bias")
+        if self._integer_bias:
+            bias = _OPS.dequantize_per_channel(
+                bias, self._kept("bias_scale"), self._kept("zero_point"), 0,
+                -_INT32 - 1, _INT32, torch.int32,
+            )  # fmt: skip
+        return bias
+
+    def _keep(self, **tensors: Tensor) -> None:
+        for name, value in tensors.items():
+            self._owner.register_buffer(f"layer{self._index}_{name}", value)
+
+    def _kept(self, name: str) -> Tensor:
+        value: Tensor = getattr(self._owner, f"layer{self._index}_{name}")
+        return value
+
+
+def _widened(layer: IntegerLayer, bias: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and scales of a weight such that its bias fits int32.
+
+    A channel whose weights are next to nothing beside its bias gets a coarser scale; what its
+    weights lose is below the rounding of its output.
+    """
+    least = bias.abs() / (input_scale * 2.0**30)
+    scale = torch.maximum(layer.scale, least)
+    shape = [1] * layer.values.dim()
+    shape[layer.axis] = -1
+    ratio = (layer.scale / scale).reshape(shape)
+    values = torch.where(ratio == 1, layer.values.float(), torch.round(layer.values * ratio))
+    return values.to(torch.int8), scale
+
+
+def _folded(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The factor of a batch norm in evaluation mode, and the bias of layer and norm together."""
+    assert isinstance(norm, _BatchNorm) and norm.running_var is not None
+    assert norm.running_mean is not None
+    mean, factor = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = (bias.double() if bias is not None else 0.0) - mean
+    shift = shift * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return factor.float(), shift.float()
+
+
+def _activation_grids(
+    quantization: Quantization, spelling: Spelling
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    placement = quantization.placement
+    names = [*placement.activations.values()]
+    names += placement.outputs.values() if spelling.quantized_outputs else ()
+    return {name: _rounding(quantization.activation(name), spelling) for name in names}
+
+
+def _rounding(
+    quantizer: ActivationQuantizer | DynamicQuantizer, spelling: Spelling
+) -> Callable[[Tensor], Tensor]:
+    """Quantization and dequantization of an activation, as operators with constants."""
+    shift = 128 if spelling.signed_activations else 0
+    dtype = torch.int8 if spelling.signed_activations else torch.uint8
+    grid = quantizer.grid
+    if isinstance(quantizer, DynamicQuantizer):
+        return _dynamic_rounding(grid, shift, dtype)
+    scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+    constants = (scale, zero - shift, grid.low - shift, grid.high - shift, dtype)
+    # Runtimes clip at the ends of eight bits only.
+    ends = ((grid.low - zero) * scale, (grid.high - zero) * scale) if grid.bits < 8 else None
+
+    def round_trip(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        x = x if ends is None else x.clamp(*ends)
+        integers = _OPS.quantize_per_tensor(x, *constants)
+        result: Tensor = _OPS.dequantize_per_tensor(integers, *constants)
+        return result
+
+    return round_trip
+
+
+def _dynamic_rounding(grid: Grid, shift: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    ends = (grid.low - shift, grid.high - shift)
+
+    def round_trip(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        scale, zero = _OPS.choose_qparams.tensor(x, *ends, torch.finfo(torch.float32).eps, dtype)
+        integers = _OPS.quantize_per_tensor.tensor(x, scale, zero, *ends, dtype)
+        result: Tensor = _OPS.dequantize_per_tensor.tensor(integers, scale, zero, *ends, dtype)
+        return result
+
+    return round_trip

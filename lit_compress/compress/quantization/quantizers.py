@@ -1,0 +1,200 @@
+"""Modules that put one tensor of a network on a grid of integers, with their state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lit_compress.compress.quantization.affine import (
+    Grid,
+    affine_parameters,
+    fake_quantize,
+    learned_fake_quantize,
+)
+
+__all__ = ["ActivationQuantizer", "DynamicQuantizer", "Quantizer", "WeightQuantizer"]
+
+_LEAST_SCALE = 1e-12  # a learned scale stays positive
+
+
+class Quantizer(nn.Module):
+    """What activations and weights have in common: a grid, scales and whether they are learned.
+
+    Attributes:
+        grid: The integers.
+        scale: float32, ``[]`` or ``[channels]``; a parameter where it is learned.
+        zero_point: int32, of the same shape.
+        observing: Whether the range follows the values that come.
+        quantizing: Whether values are rounded.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid, shape: tuple[int, ...], learned: bool) -> None:
+        super().__init__()
+        self.grid = grid
+        self.learned = learned
+        self.observing = False
+        self.quantizing = False
+        scale = torch.ones(shape)
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Fix the grid's place, in place.
+
+        Args:
+            scale: Positive, of the shape of :attr:`scale`.
+            zero_point: Integers on the grid; as it was where it is ``None``.
+        """
+        self.scale.copy_(scale)
+        if zero_point is not None:
+            self.zero_point.copy_(zero_point)
+
+    def extra_repr(self) -> str:
+        """Bits, and how the range is found."""
+        how = "learned" if self.learned else "observed"
+        return f"bits={self.grid.bits}, signed={self.grid.signed}, {how}"
+
+
+class ActivationQuantizer(Quantizer):
+    """One scale for a whole activation.
+
+    While it observes, in training mode, its range is a moving average of the batches' least and greatest values
+    (Jacob et al. 2018, section 3.1): ``range += momentum * (batch - range)``, from the first
+    batch on. A learned scale is not moved by it; it starts where calibration put it.
+
+    Args:
+        grid: The integers, unsigned.
+        learned: Whether the scale is a parameter.
+        momentum: Weight of the newest batch, in (0, 1].
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, grid: Grid, learned: bool = False, momentum: float = 0.01) -> None:
+        super().__init__(grid, (), learned)
+        self.momentum = momentum
+        self.register_buffer("low", torch.tensor(math.nan))
+        self.register_buffer("high", torch.tensor(math.nan))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it knows a range."""
+        return not bool(torch.isnan(self.low))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation as it is, or rounded to the grid; same shape and dtype."""
+        if not x.is_floating_point() or x.numel() == 0:
+            return x
+        if self.observing and self.training and not self.learned:
+            self._follow(x.detach())
+        if not self.quantizing:
+            return x
+        if self.learned:
+            scale = self.scale.clamp_min(_LEAST_SCALE)
+            return learned_fake_quantize(x, scale, self.zero_point, self.grid)
+        return fake_quantize(x, self.scale, self.zero_point, self.grid)
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take a range that calibration found.
+
+        Args:
+            low: Scalar.
+            high: Scalar.
+
+        Raises:
+            ValueError: If one of them is NaN or infinite.
+        """
+        self.set_scale(*affine_parameters(low, high, self.grid))
+        self.low.copy_(low)
+        self.high.copy_(high)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        low, high = (end.float() for end in torch.aminmax(x))
+        first = torch.isnan(self.low)
+        self.low.copy_(torch.where(first, low, self.low.lerp(low, self.momentum)))
+        self.high.copy_(torch.where(first, high, self.high.lerp(high, self.momentum)))
+        self.set_scale(*affine_parameters(self.low, self.high, self.grid, checked=False))
+
+
+class DynamicQuantizer(Quantizer):
+    """One scale for a whole activation, from the range of each batch; it has nothing to remember.
+
+    Args:
+        grid: The integers, unsigned.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid, (), learned=False)
+
+    @property
+    def ready(self) -> bool:
+        """It always is."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation as it is, or rounded to a grid over its range; same shape and dtype."""
+        if not (self.quantizing and x.is_floating_point() and x.numel()):
+            return x
+        with torch.no_grad():
+            ends = torch.aminmax(x.detach())
+            scale, zero_point = affine_parameters(ends.min, ends.max, self.grid, checked=False)
+        return fake_quantize(x, scale, zero_point, self.grid)
+
+
+class WeightQuantizer(Quantizer):
+    """A scale for each output channel of a weight, or one for all of them.
+
+    Args:
+        grid: The integers, signed.
+        num_channels: Size of the weight along ``axis``; ``None`` for one scale.
+        axis: The dimension of output channels.
+        ranges: ``"minmax"``: scales follow the greatest magnitude of each channel. ``"mse"``:
+            they stay where calibration put them. ``"learned"``: they are trained.
+    """
+
+    def __init__(
+        self, grid: Grid, num_channels: int | None, axis: int = 0, ranges: str = "minmax"
+    ) -> None:
+        shape = () if num_channels is None else (num_channels,)
+        super().__init__(grid, shape, learned=ranges == "learned")
+        self.axis = None if num_channels is None else axis
+        self.ranges = ranges
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as it is, or rounded to the grid; same shape and dtype."""
+        if not self.quantizing:
+            return weight
+        if self.learned:
+            scale = self.scale.clamp_min(_LEAST_SCALE)
+            return learned_fake_quantize(weight, scale, self.zero_point, self.grid, self.axis)
+        if self.ranges == "minmax":
+            self.follow(weight)
+        return fake_quantize(weight, self.scale, self.zero_point, self.grid, self.axis)
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> None:
+        """Fit the scales to the greatest magnitude of each channel."""
+        magnitude = weight.detach().abs().float()
+        if self.axis is None:
+            greatest = magnitude.amax()
+        else:
+            greatest = magnitude.transpose(0, self.axis).flatten(1).amax(1)
+        scale, _ = affine_parameters(-greatest, greatest, self.grid, checked=False)
+        # A new tensor where one is traced or used by autograd twice would not do: keep the storage.
+        self.scale.copy_(scale)
+
+    def extra_repr(self) -> str:
+        """Bits, ranges and axis."""
+        return f"bits={self.grid.bits}, ranges={self.ranges}, axis={self.axis}"

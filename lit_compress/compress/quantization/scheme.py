@@ -1,0 +1,114 @@
+"""What a user declares about quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias, get_args
+
+from lit_compress.compress.quantization.affine import Grid
+
+__all__ = ["ActivationRanges", "QuantizationScheme", "WeightRanges"]
+
+WeightRanges: TypeAlias = Literal["minmax", "mse", "learned"]
+"""How the range of a weight's channel is found.
+
+``"minmax"`` follows the greatest magnitude; ``"mse"`` is what least squares says once, at
+calibration; ``"learned"`` starts from that and is trained (LSQ).
+"""
+ActivationRanges: TypeAlias = Literal["observed", "learned", "dynamic"]
+"""How the range of an activation is found.
+
+``"observed"``: by calibration, and by a moving average during training. ``"learned"``: trained from
+there on (LSQ). ``"dynamic"``: of each batch anew, for the inputs of layers only.
+"""
+
+
+@dataclass(frozen=True)
+class QuantizationScheme:
+    """Bits, ranges and layers.
+
+    Attributes:
+        weight_bits: Bits of weights, 2 to 8; a layer has one scale for each output channel.
+        activation_bits: Bits of activations, 2 to 8, or ``None`` for weights only.
+        layer_bits: Bits of weights by name pattern of the layer (``*`` and ``?``), for mixed
+            precision; the first pattern that matches counts, the others get ``weight_bits``.
+        weight_ranges: See :data:`WeightRanges`.
+        activation_ranges: See :data:`ActivationRanges`.
+        ignored_layers: Name patterns of layers that stay in floating point.
+        quantize_first_layer: Whether the first layer is quantized.
+        quantize_last_layer: Whether the last layer is quantized.
+        per_tensor_weights: Names of weights with one scale for all channels, so that equal values
+            stay equal across channels; those of clustered layers.
+
+    Raises:
+        ValueError: If a value is out of range or of the wrong kind.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int | None = 8
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+    weight_ranges: WeightRanges = "minmax"
+    activation_ranges: ActivationRanges = "observed"
+    ignored_layers: Sequence[str] = ()
+    quantize_first_layer: bool = True
+    quantize_last_layer: bool = True
+    per_tensor_weights: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _check_bits("weight_bits", self.weight_bits)
+        if self.activation_bits is not None:
+            _check_bits("activation_bits", self.activation_bits)
+        if not isinstance(self.layer_bits, Mapping):
+            raise ValueError(
+                f"layer_bits is {self.layer_bits!r}; give a mapping from name patterns to bits, as "
+                "in {'layer4.*': 4}."
+            )
+        for pattern, bits in self.layer_bits.items():
+            _check_bits(f"layer_bits[{pattern!r}]", bits)
+        _check_choice("weight_ranges", self.weight_ranges, WeightRanges)
+        _check_choice("activation_ranges", self.activation_ranges, ActivationRanges)
+        for name in ("ignored_layers", "per_tensor_weights"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("quantize_first_layer", "quantize_last_layer"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false.")
+        object.__setattr__(self, "layer_bits", dict(self.layer_bits))
+
+    def weight_grid(self, layer: str) -> Grid:
+        """The integers for the weight of a layer.
+
+        Args:
+            layer: The layer's name in the network.
+        """
+        for pattern, bits in self.layer_bits.items():
+            if fnmatchcase(layer, pattern):
+                return Grid(bits, signed=True)
+        return Grid(self.weight_bits, signed=True)
+
+    @property
+    def activation_grid(self) -> Grid | None:
+        """The integers for activations; ``None`` where they stay in floating point."""
+        return None if self.activation_bits is None else Grid(self.activation_bits, signed=False)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain data for a checkpoint."""
+        plain = dict(vars(self))
+        plain["ignored_layers"] = list(self.ignored_layers)
+        plain["per_tensor_weights"] = list(self.per_tensor_weights)
+        plain["layer_bits"] = dict(self.layer_bits)
+        return plain
+
+
+def _check_bits(name: str, bits: Any) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"{name} is {bits!r}; expected a whole number of bits from 2 to 8.")
+
+
+def _check_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}.")
