@@ -22,7 +22,7 @@ from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.layers import plain_name
 from lit_compress.compress.structure import describe, note_change
 
-__all__ = ["FollowsChannelCuts", "cut_in_fit"]
+__all__ = ["FollowsChannelCuts", "cut_in_fit", "rewrap"]
 
 
 @runtime_checkable
@@ -92,7 +92,7 @@ def cut_in_fit(
             callback.on_channels_cut(trainer, pl_module, kept)
     if mend is not None:
         mend()
-    _rewrap(trainer, pl_module)
+    rewrap(trainer, pl_module)
     # Compiled code is bound to the old shapes; without this it would run out of recompilations.
     torch._dynamo.reset()
     return left
@@ -106,8 +106,8 @@ def _cut_average(
     note_change(average, before)
 
 
-def _rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Have DDP reduce gradients of the new shapes; it gives all processes the weights of rank 0."""
+def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Have DDP reduce gradients of new shapes or parameters; all processes get those of rank 0."""
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = None  # the old reducer's hooks go with it

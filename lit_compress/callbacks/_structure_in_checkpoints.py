@@ -1,4 +1,4 @@
-"""The structure record of a module that is cut: into every checkpoint, and back out of it."""
+"""What a module has become, its cuts and quantizers: into every checkpoint, and back out of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from lightning.pytorch import LightningModule
 
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._weight_averages import averaged_modules
+from lit_compress.compress.quantization.stored import (
+    QUANTIZATION_KEY,
+    quantization_records,
+    take_quantization,
+)
 from lit_compress.compress.structure import record_of, replay
 from lit_compress.compress.structure_record import STRUCTURE_KEY
 from lit_compress.compress.weight_files import structure_for
@@ -44,6 +49,9 @@ class CarriedStructure:
         record = record_of(self._pl_module)
         if record:
             checkpoint[STRUCTURE_KEY] = record.to_plain()
+        quantized = quantization_records(self._pl_module)
+        if quantized:
+            checkpoint[QUANTIZATION_KEY] = quantized
 
     def _load(self, load: Callable[..., None], checkpoint: dict[str, Any]) -> None:
         trainer = self._pl_module._trainer
@@ -52,6 +60,7 @@ class CarriedStructure:
         source = "the structure record" + (f" in {str(path)!r}" if path else "")
         for module in (self._pl_module, *averages):
             replay(module, structure_for(module, checkpoint), source)
+            take_quantization(module, checkpoint)
         load(checkpoint)
 
 
@@ -61,7 +70,8 @@ def carry_structure(pl_module: LightningModule) -> CarriedStructure:
     To be called in a callback's ``setup``, at every stage. From then on a checkpoint that any
     Trainer writes of a module that was cut holds, under :data:`STRUCTURE_KEY`, what
     :meth:`StructureRecord.to_plain` says; where one is loaded by ``ckpt_path``, the module and the
-    averages that callbacks keep of it first get the structure of that time, also a denser one.
+    averages that callbacks keep of it first get the structure of that time, also a denser one, and
+    the quantizers of that time.
 
     It is not to be removed when a run ends: ``Trainer.save_checkpoint`` may come later, and
     weights without their structure are lost. As long as the module is dense it does nothing.

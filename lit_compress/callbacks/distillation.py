@@ -30,6 +30,7 @@ from lit_compress.callbacks._teacher import (
     digest,
     read_remote,
 )
+from lit_compress.compress.quantization.network import without_quantizers
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint
 
 __all__ = ["Distillation", "FeatureMatching"]
@@ -248,14 +249,14 @@ class Distillation(Callback):
     def _restore_snapshot(
         self, snapshot: TeacherFile, network: nn.Module, trainer: Trainer
     ) -> nn.Module:
-        teacher = copy_network(network)
+        teacher = without_quantizers(copy_network(network))
         content = snapshot.read(beside=trainer.ckpt_path)
         load_checkpoint(teacher, content, snapshot.name, _OTHER_ARCHITECTURE)
         self._snapshot = TeacherFile(snapshot.sha256, self._directories[0])
         return teacher
 
     def _take_snapshot(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        teacher = copy_network(find_network(pl_module, self.student))
+        teacher = without_quantizers(copy_network(find_network(pl_module, self.student)))
         if trainer.world_size > 1:  # running statistics may differ between processes
             weights = {name: value.cpu() for name, value in teacher.state_dict().items()}
             teacher.load_state_dict(trainer.strategy.broadcast(weights))

@@ -15,6 +15,7 @@ from torch import nn
 
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._teacher import read_remote
+from lit_compress.compress.quantization.stored import take_quantization
 from lit_compress.compress.structure import replay
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, structure_for
 
@@ -98,6 +99,7 @@ def load_compressed(
     if is_overridden("configure_model", module):
         module.configure_model()
     replay(module, structure_for(module, content), of_record)
+    take_quantization(module, content)
     carry_structure(module)
     module.on_load_checkpoint(content)
     strict = module.strict_loading if strict is None else strict
@@ -126,6 +128,7 @@ def _replaying_first(classes: Iterable[type[LightningModule]], source: str) -> I
                 original: Callable[..., None] = original,
             ) -> None:
                 replay(self, structure_for(self, checkpoint), source)
+                take_quantization(self, checkpoint)
                 original(self, checkpoint)
 
             if _HOOK in vars(patched):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.layers import plain_name
+from lit_compress.compress.quantization.stored import belongs_to_quantizers, take_quantization
 from lit_compress.compress.structure import record_of, replay, values_after
 from lit_compress.compress.structure_record import StructureRecord, Value
 
@@ -99,7 +100,7 @@ def load_checkpoint(
         ValueError: If the structure record does not fit the network, or a weight is missing, has
             another shape, or is unknown to the network; the first of them is named.
     """
-    state = network.state_dict()
+    state = {k: v for k, v in network.state_dict().items() if not belongs_to_quantizers(k)}
     keys = {plain_name(key): key for key in state}
     given = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
     prefix = _common_prefix(list(keys), list(given))
@@ -116,6 +117,8 @@ def load_checkpoint(
             f"{misfit}. {mend}"
         )
     replay(network, record, of_record)
+    take_quantization(network, checkpoint, prefix, repr(os.fspath(source)))
+    keys = {plain_name(key): key for key in network.state_dict()}
     fitting = {keys[name]: value for name, value in given.items() if name in keys}
     network.load_state_dict(fitting, strict=strict)
 
@@ -168,7 +171,8 @@ def _first_misfit(own: Mapping[str, Value], given: Mapping[str, Any], strict: bo
             return f"{name!r} has shape {tuple(given[name].shape)}, expected {shape}"
     if not strict:
         return None
-    return next((f"{name!r} is unknown to it" for name in given if name not in own), None)
+    unknown = (n for n in given if n not in own and not belongs_to_quantizers(n))
+    return next((f"{name!r} is unknown to it" for name in unknown), None)
 
 
 def _common_prefix(own: list[str], given: list[str]) -> str:

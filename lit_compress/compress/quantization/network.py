@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lit_compress.compress.calibration import Forward, evaluation_mode
+from lit_compress.compress.quantization.affine import MIN_BITS
 from lit_compress.compress.quantization.calls import (
     input_name,
     layer_arguments,
@@ -36,7 +37,6 @@ from lit_compress.compress.quantization.ranges import (
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
 __all__ = [
-    "QUANTIZATION_KEY",
     "Quantization",
     "attach",
     "calibrate",
@@ -45,10 +45,8 @@ __all__ = [
     "quantization_record",
     "quantized_network",
     "remove_quantization",
+    "without_quantizers",
 ]
-
-QUANTIZATION_KEY = "lit_compress_quantization"
-"""Where a checkpoint keeps the quantization record of a network."""
 
 _CHILD = "quantization"
 _VERSION = 1
@@ -72,8 +70,10 @@ class Quantization(nn.Module):
         self.placement = placement
         self.activations = nn.ModuleDict()
         self.weights = nn.ModuleDict()
-        for name in dict.fromkeys((*placement.activations.values(), *placement.outputs.values())):
+        for name in dict.fromkeys(placement.activations.values()):
             self.activations[_key(name)] = _activation_quantizer(scheme)
+        for name in placement.outputs.values():  # observed only, so there is nothing to learn
+            self.activations[_key(name)] = _activation_quantizer(scheme, learned=False)
         for call, name in placement.weights.items():
             if _key(name) not in self.weights:
                 self.weights[_key(name)] = _weight_quantizer(network, scheme, call, name)
@@ -81,6 +81,7 @@ class Quantization(nn.Module):
         self._output_of = {c: _key(n) for c, n in placement.outputs.items()}
         self._weight_of = {c: _key(n) for c, n in placement.weights.items()}
         self._observers: Mapping[str, RangeObserver] = {}
+        self._least_weight_bits = MIN_BITS
 
     @property
     def quantizers(self) -> list[Quantizer]:
@@ -131,13 +132,43 @@ class Quantization(nn.Module):
         assert isinstance(found, WeightQuantizer)
         return found
 
-    def get_extra_state(self) -> dict[str, bool]:
-        """What ``state_dict`` holds besides tensors: the mode."""
-        return {"observing": self.observing, "quantizing": self.quantizing}
+    @property
+    def least_weight_bits(self) -> int:
+        """Bits that no weight has less of at the moment."""
+        return self._least_weight_bits
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        """Take over the mode of a checkpoint."""
-        self.set_mode(observing=state["observing"], quantizing=state["quantizing"])
+    @least_weight_bits.setter
+    def least_weight_bits(self, bits: int) -> None:
+        """Give weights at least so many bits, and those of the scheme where that says more."""
+        self._least_weight_bits = bits
+        for name in self.placement.weights.values():
+            grid = self.scheme.weight_grid(name.rpartition(".")[0])
+            self.weight(name).set_bits(max(bits, grid.bits))
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What ``state_dict`` holds besides tensors: the mode, and the bits of the moment."""
+        return {
+            "observing": int(self.observing),
+            "quantizing": int(self.quantizing),
+            "least_weight_bits": self.least_weight_bits,
+        }
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take over the mode and the bits of a checkpoint."""
+        self.set_mode(observing=bool(state["observing"]), quantizing=bool(state["quantizing"]))
+        with torch.no_grad():
+            scales = {name: self.weight(name).scale.clone() for name in self._names_of_weights}
+            self.least_weight_bits = state["least_weight_bits"]
+            for name, scale in scales.items():  # they are those of the checkpoint already
+                self.weight(name).set_scale(scale)
+
+    @property
+    def _names_of_weights(self) -> list[str]:
+        return list(dict.fromkeys(self.placement.weights.values()))
+
+    def forward(self, *values: Any) -> Any:
+        """What came: a network that runs all of its children runs this one for nothing."""
+        return values[0] if len(values) == 1 else values
 
     def run(
         self,
@@ -287,6 +318,14 @@ def remove_quantization(network: nn.Module) -> None:
     network.__class__ = _original_class(type(network))
 
 
+def without_quantizers(module: nn.Module) -> nn.Module:
+    """The same module after the quantizers of all networks inside of it were taken off."""
+    for part in list(module.modules()):
+        if is_quantized(part):
+            remove_quantization(part)
+    return module
+
+
 def is_quantized(network: nn.Module) -> bool:
     """Whether a network has quantizers of its own."""
     return isinstance(getattr(network, _CHILD, None), Quantization)
@@ -321,8 +360,16 @@ def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
         run: Callable[..., Any] = getattr(self, _CHILD).run
         return run(self, super(quantized, self).forward, args, kwargs)
 
-    body = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__,
+    def own_parts(self: Any) -> Iterator[nn.Module]:
+        return (part for part in self._modules.values() if not isinstance(part, Quantization))
+
+    def count(self: Any) -> int:
+        return len(self._modules) - 1
+
+    body: dict[str, Any] = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__,
             "__qualname__": original.__qualname__, "_lit_compress_quantizes": original}  # fmt: skip
+    if issubclass(original, nn.Sequential):  # its parts are what is in it, one after the other
+        body |= {"__iter__": own_parts, "__len__": count}
     quantized: type[nn.Module] = type(original.__name__, (original,), body)
     return quantized
 
@@ -434,12 +481,12 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _activation_quantizer(scheme: QuantizationScheme) -> Quantizer:
+def _activation_quantizer(scheme: QuantizationScheme, learned: bool = True) -> Quantizer:
     grid = scheme.activation_grid
     assert grid is not None
     if scheme.activation_ranges == "dynamic":
         return DynamicQuantizer(grid)
-    return ActivationQuantizer(grid, learned=scheme.activation_ranges == "learned")
+    return ActivationQuantizer(grid, learned and scheme.activation_ranges == "learned")
 
 
 def _weight_quantizer(

@@ -184,6 +184,17 @@ class WeightQuantizer(Quantizer):
         return fake_quantize(weight, self.scale, self.zero_point, self.grid, self.axis)
 
     @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Change the grid; the range stays.
+
+        Args:
+            bits: 2 to 8.
+        """
+        grid = Grid(bits, self.grid.signed)
+        self.scale.mul_(self.grid.high / grid.high)
+        self.grid = grid
+
+    @torch.no_grad()
     def follow(self, weight: Tensor) -> None:
         """Fit the scales to the greatest magnitude of each channel."""
         magnitude = weight.detach().abs().float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -78,6 +78,10 @@ class QuantizationScheme:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false.")
         object.__setattr__(self, "layer_bits", dict(self.layer_bits))
+
+    def with_per_tensor(self, names: Sequence[str]) -> QuantizationScheme:
+        """The same with more weights that have one scale for all channels."""
+        return replace(self, per_tensor_weights=(*self.per_tensor_weights, *names))
 
     def weight_grid(self, layer: str) -> Grid:
         """The integers for the weight of a layer.

@@ -1,0 +1,83 @@
+"""Quantized networks in checkpoints: what there is to know besides the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lit_compress.compress.quantization.network import (
+    attach,
+    is_quantized,
+    quantization_record,
+    remove_quantization,
+)
+
+__all__ = ["QUANTIZATION_KEY", "belongs_to_quantizers", "quantization_records", "take_quantization"]
+
+QUANTIZATION_KEY = "lit_compress_quantization"
+"""Where a checkpoint keeps the records of its quantized networks, by name in the module."""
+
+
+def quantization_records(module: nn.Module) -> dict[str, Any]:
+    """Records of all quantized networks inside of a module (or of itself), by name; plain data."""
+    return {
+        name: quantization_record(part)
+        for name, part in module.named_modules()
+        if is_quantized(part)
+    }
+
+
+def take_quantization(
+    module: nn.Module, checkpoint: Mapping[str, Any], prefix: str = "", source: str = "checkpoint"
+) -> None:
+    """Quantize what a checkpoint has quantized, and nothing else; scales come with the weights.
+
+    Args:
+        module: A module of the structure that the checkpoint needs.
+        checkpoint: It may hold records under :data:`QUANTIZATION_KEY`.
+        prefix: What the module's names begin with in the checkpoint.
+        source: Where the checkpoint came from, for the message.
+
+    Raises:
+        ValueError: If the records are none, or of another model.
+    """
+    stored = checkpoint.get(QUANTIZATION_KEY) or {}
+    if not isinstance(stored, Mapping) or not all(isinstance(r, Mapping) for r in stored.values()):
+        raise ValueError(
+            f"{source} holds a {type(stored).__name__} under {QUANTIZATION_KEY!r}, expected a "
+            "quantization record for each network. The file was not written by this library."
+        )
+    wanted = {
+        name: record
+        for full, record in stored.items()
+        if (name := _within(full, prefix)) is not None
+    }
+    present = quantization_records(module)
+    for name in present:
+        if present[name] != wanted.get(name):
+            remove_quantization(module.get_submodule(name))
+    for name, record in wanted.items():
+        if present.get(name) == record:
+            continue
+        try:
+            network = module.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{source} has a quantized network {name!r}, which {type(module).__name__} does "
+                "not have. Build it with the arguments that it had in the run that wrote the file."
+            ) from error
+        attach(network, record)
+
+
+def belongs_to_quantizers(name: str) -> bool:
+    """Whether an entry of a state dict is of quantizers, not of the model itself."""
+    return name.startswith("quantization.") or ".quantization." in name
+
+
+def _within(name: str, prefix: str) -> str | None:
+    """A network's name as the module under ``prefix`` has it; ``None`` if it lies outside."""
+    if name + "." == prefix:
+        return ""
+    return name[len(prefix) :] if name.startswith(prefix) else None
