@@ -5,6 +5,7 @@ from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.loading import load_compressed
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lit_compress.compress.channels.penalty import ChannelPenalty
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.schedules import Schedule
@@ -27,6 +28,7 @@ __all__ = [
     "FeatureMatching",
     "MagnitudeSparsity",
     "ModelMeasures",
+    "QuantizationAwareTraining",
     "Schedule",
     "compare_latency",
     "count_macs",

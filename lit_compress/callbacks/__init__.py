@@ -4,6 +4,7 @@ from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
 
 __all__ = [
     "ChannelPruning",
@@ -11,4 +12,5 @@ __all__ = [
     "Distillation",
     "FeatureMatching",
     "MagnitudeSparsity",
+    "QuantizationAwareTraining",
 ]

@@ -243,7 +243,7 @@ def _round_log(x: Tensor, grid: FixedPointGrid) -> Tensor:
     low = max(math.log2(grid.low), high - (num_levels - 1))  # steps of a factor of 2 at most
     step = (high - low) / (num_levels - 1) if high > low else 1.0
     level = ((x.abs().log2() - low) / step).round().clamp(0, round((high - low) / step))
-    magnitude = torch.exp2(level * step + low)
+    magnitude = _decoded(level, num_levels, lambda k: torch.exp2(k * step + low))
     is_zero = x.abs() < 2.0 ** (low - 1)  # nearer to zero than to the least level
     return torch.where(is_zero, 0.0, magnitude.copysign(x))
 
@@ -251,8 +251,21 @@ def _round_log(x: Tensor, grid: FixedPointGrid) -> Tensor:
 def _round_tanh(x: Tensor, grid: FixedPointGrid) -> Tensor:
     num_steps = 2 ** (grid.bits - 1) - 1  # on each side of zero
     unit, top = grid.high / _TANH_SPAN, math.tanh(_TANH_SPAN)
-    steps = (torch.tanh(x / unit) * (num_steps / top)).round().clamp(-num_steps, num_steps)
-    return torch.atanh(steps * (top / num_steps)) * unit
+    steps = (torch.tanh(x.abs() / unit) * (num_steps / top)).round().clamp_max(num_steps)
+    magnitude = _decoded(steps, num_steps + 1, lambda k: torch.atanh(k * (top / num_steps)) * unit)
+    return magnitude.copysign(x)
+
+
+def _decoded(codes: Tensor, num_codes: int, value_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The values of whole numbers; NaN stays NaN.
+
+    Up to 16 bits they are looked up: torch's vectorised functions and those for the odd elements at
+    a tensor's end differ in the last bit, so that one code would have two values.
+    """
+    if codes.dtype == torch.float64:
+        return value_of(codes)
+    table = value_of(torch.arange(num_codes, dtype=codes.dtype, device=codes.device))
+    return torch.where(codes.isnan(), codes, table[codes.nan_to_num().long()])
 
 
 _ROUND: dict[str, Callable[[Tensor, FixedPointGrid], Tensor]] = {

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from lit_compress.compress.quantization.affine import Grid, affine_parameters
 
-__all__ = ["entropy_range", "mse_range", "percentile_range", "squared_error"]
+__all__ = [
+    "check_finite",
+    "check_grid",
+    "check_percentile",
+    "entropy_range",
+    "mse_range",
+    "percentile_range",
+    "squared_error",
+]
 
 _Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # lows, highs -> what each range costs
 
@@ -58,9 +66,10 @@ def entropy_range(counts: Tensor, low: float, high: float, grid: Grid) -> tuple[
 
     The distribution clipped to the range is compared, by the Kullback-Leibler divergence, with
     that of its rounded values: the unclipped counts, those of the bins that share an integer made
-    equal and, so that it is finite, 1 % of the clipped ones mixed in. Where the talk widens a symmetric range bin by bin, we search as :func:`mse_range` does,
-    so that both ends of an unsigned grid are found. Zero is always exact, so a bin full of zeros
-    (behind a ReLU) counts like its neighbour.
+    equal. We differ from the talk in three points. Where it widens a symmetric range bin by bin, we
+    search as :func:`mse_range` does, so that both ends of an unsigned grid are found. So that it is
+    finite, 1 % of the clipped distribution is mixed into the rounded one. And zero being always
+    exact, a bin full of zeros (behind a ReLU) counts like its neighbour.
 
     Args:
         counts: As in :func:`mse_range`.
@@ -140,6 +149,29 @@ def check_percentile(percentile: float) -> None:
         )
 
 
+def check_grid(grid: Grid) -> None:
+    """Refuse what is no grid.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(grid, Grid):
+        raise ValueError(f"grid is {grid!r}; expected a Grid, as in Grid(8, signed=False).")
+
+
+def check_finite(low: float, high: float) -> None:
+    """Refuse values of which an end is NaN or infinite.
+
+    Raises:
+        ValueError: If one is.
+    """
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            f"values from {low} to {high} came, which are NaN or infinite. Look at the input data "
+            "and at the loss."
+        )
+
+
 class _Histogram:
     """Counts and edges of the bins from the first to the last that holds a value."""
 
@@ -166,8 +198,10 @@ class _Histogram:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The widest range worth trying; zero is always in it."""
-        return min(float(self.edges[0]), 0.0), max(float(self.edges[-1]), 0.0)
+        """The widest range worth trying; zero is always in it, and float32 can hold it."""
+        greatest = torch.finfo(torch.float32).max
+        first, last = float(self.edges[0]), float(self.edges[-1])
+        return max(min(first, 0.0), -greatest), min(max(last, 0.0), greatest)
 
     def without_spike_at_zero(self) -> _Histogram:
         """The same with no more values in the bin above zero than in the next one."""

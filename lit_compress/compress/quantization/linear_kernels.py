@@ -34,11 +34,8 @@ __all__ = [
 
 LinearKind = Literal["int8_dynamic", "int8_weight_only", "int4_weight_only"]
 
-GROUP_SIZES = (32, 64, 128)
-"""Input features that share a scale in int4, as torch's kernel for the CPU has them."""
-
-_OUT_FEATURES_INT4 = 16
-"""The int4 kernel takes weights in blocks of so many output features."""
+GROUP_SIZES = (32, 64, 128)  # of input features, as torch's int4 kernel for the CPU has them
+_OUT_FEATURES_INT4 = 16  # the int4 kernel takes weights in blocks of so many output features
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,10 @@ def quantize_linears(
 ) -> LinearKernels:
     """Put the weights of linear layers on integer kernels, in place.
 
-    The float weights are gone afterwards and the new ones take no gradient: the network is for
-    inference. Its state dict loads into a network that went through :func:`apply_linear_kernels`,
-    and its file opens inside of :func:`torchao_weights_readable`.
+    The network is for inference then: the float weights are gone, and torchao's int8 dynamic
+    product passes no gradient to its input, without a word. The state dict loads into a network
+    that went through :func:`apply_linear_kernels`, and its file opens inside of
+    :func:`torchao_weights_readable`.
 
     Args:
         network: Floating-point ``nn.Linear`` layers in it are taken, but those named, those whose
@@ -122,7 +120,8 @@ def quantize_linears(
             ``"int8_weight_only"``: the same weights, float products. ``"int4_weight_only"``:
             unsigned 4-bit weights with a float offset for each group, products in bfloat16 (inputs
             and outputs keep their type), on the CPU only; zeros of a sparse weight do not stay
-            zero.
+            zero. A layer whose weight the network reads without a call of the layer, as
+            torchvision's Swin does in its attention, then fails: name it in ``ignored_layers``.
         ignored_layers: Name patterns (``*`` and ``?``) of layers to leave alone.
         group_size: 32, 64 or 128 input features that share a scale; only for int4.
 
@@ -136,34 +135,15 @@ def quantize_linears(
     """
     size = group_size if kind == "int4_weight_only" else None
     _check_kind(kind, size)
-    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    for glob in ignored_layers:
-        if not any(fnmatchcase(name, glob) for name in linears):
-            raise ValueError(
-                f"ignored_layers holds the pattern {glob!r}, which matches none of the network's "
-                f"{len(linears)} linear layers: {', '.join(linears) or 'there are none'}."
-            )
-    users = _users_of_weights(network)
-    reasons = {
-        name: _reason_to_skip(name, layer, size, ignored_layers, users)
-        for name, layer in linears.items()
-    }
-    taken = tuple(name for name, reason in reasons.items() if reason is None)
-    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-    if not taken:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
-        raise ValueError(
-            f"no linear layer is left to quantize ({len(linears)} in the network). Convolutions "
-            f"are quantized by the other methods, static or by training.{listed}"
-        )
-    for name in taken:
-        if not bool(torch.isfinite(linears[name].weight).all()):
+    taken, skipped = _chosen(network, size, ignored_layers)
+    for name, layer in taken.items():
+        if not bool(torch.isfinite(layer.weight).all()):
             raise ValueError(
                 f"{name + '.weight'!r} holds NaN or infinite values; load the weights of a run "
                 "that did not diverge."
             )
-    _put_on_kernels({name: linears[name] for name in taken}, kind, size)
-    return LinearKernels(kind, size, taken, skipped)
+    _put_on_kernels(taken, kind, size)
+    return LinearKernels(kind, size, tuple(taken), skipped)
 
 
 def apply_linear_kernels(network: nn.Module, kernels: LinearKernels) -> None:
@@ -182,13 +162,12 @@ def apply_linear_kernels(network: nn.Module, kernels: LinearKernels) -> None:
     layers: dict[str, nn.Linear] = {}
     for name in kernels.quantized:
         layer = modules.get(name)
-        kind = "missing" if layer is None else f"a {type(layer).__name__}"
         if not isinstance(layer, nn.Linear) or not _has_plain_weight(layer):
+            kind = "missing" if layer is None else f"a {type(layer).__name__} without float weight"
             raise ValueError(
                 f"the record puts {name!r} on {kernels.kind} kernels, but in this "
-                f"{type(network).__name__} it is {kind}"
-                f"{' whose weight is no float parameter' if isinstance(layer, nn.Linear) else ''}. "
-                "Apply the record to a float network built as the quantized one was."
+                f"{type(network).__name__} it is {kind}. Apply the record to a float network built "
+                "as the quantized one was."
             )
         layers[name] = layer
     _put_on_kernels(layers, kernels.kind, kernels.group_size)
@@ -223,6 +202,33 @@ def _check_kind(kind: str, group_size: int | None) -> None:
         raise ValueError(f"group_size is {group_size!r}, expected one of {GROUP_SIZES}.")
 
 
+def _chosen(
+    network: nn.Module, group_size: int | None, ignored_layers: Sequence[str]
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The layers to quantize, and the reasons why others are not; at least one is left."""
+    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    for glob in ignored_layers:
+        if not any(fnmatchcase(name, glob) for name in linears):
+            raise ValueError(
+                f"ignored_layers holds the pattern {glob!r}, which matches none of the network's "
+                f"{len(linears)} linear layers: {', '.join(linears) or 'there are none'}."
+            )
+    users = _users_of_weights(network)
+    reasons = {
+        name: _reason_to_skip(name, layer, group_size, ignored_layers, users)
+        for name, layer in linears.items()
+    }
+    taken = {name: layer for name, layer in linears.items() if reasons[name] is None}
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    if not taken:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            f"no linear layer is left to quantize ({len(linears)} in the network). Convolutions "
+            f"are quantized by the other methods, static or by training.{listed}"
+        )
+    return taken, skipped
+
+
 def _users_of_weights(network: nn.Module) -> dict[int, list[str]]:
     """For each parameter, by its id, the names under which modules hold it."""
     users: dict[int, list[str]] = {}
@@ -233,7 +239,7 @@ def _users_of_weights(network: nn.Module) -> dict[int, list[str]]:
 
 def _has_plain_weight(layer: nn.Linear) -> bool:
     weight = layer._parameters.get("weight")
-    plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor
     return plain and layer.weight.is_floating_point()
 
 
@@ -302,11 +308,10 @@ def _compute_in_bfloat16(layer: nn.Linear) -> None:
     slower than the float product that it replaces.
     """
     dtype = layer.weight.dtype
-    if dtype == torch.bfloat16:
-        return
-    layer.to(torch.bfloat16)
-    layer.register_forward_pre_hook(_InputsTo(torch.bfloat16))
-    layer.register_forward_hook(_OutputTo(dtype))
+    if dtype != torch.bfloat16:
+        layer.to(torch.bfloat16)
+        layer.register_forward_pre_hook(_InputsTo(torch.bfloat16))
+        layer.register_forward_hook(_OutputTo(dtype))
 
 
 @dataclass(frozen=True)

@@ -404,7 +404,7 @@ def calibrate(
     network: nn.Module,
     forward: Forward,
     batches: Iterable[Any],
-    ranges: RangeKind = "histogram",
+    ranges: RangeKind = "mse",
     percentile: float = 99.99,
 ) -> int:
     """Find the ranges of a prepared network's activations and weights, and begin to quantize.

@@ -1,4 +1,4 @@
-"""How far values reach: observers of activations, least-squares scales of weights."""
+"""How far values reach: observers of activations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from lit_compress.compress.quantization.affine import Grid
 from lit_compress.compress.quantization.histogram import (
+    check_finite,
+    check_grid,
     check_percentile,
     entropy_range,
     mse_range,
     percentile_range,
 )
+from lit_compress.compress.quantization.weight_scales import mse_weight_scale
 
 __all__ = [
     "HistogramObjective",
@@ -34,11 +37,6 @@ HistogramObjective = Literal["entropy", "percentile", "mse"]
 
 NUM_BINS = 2048
 _LEAST_EXPONENT = -126  # of a bin's width, so that dividing by it stays finite in float32
-_WEIGHT_PARTS = (  # of the greatest value: closely down to its half, which is all that 8 bits want
-    *(1 - step / 128 for step in range(64)),
-    *(0.5 * 2.0 ** (-step / 8) for step in range(25)),
-)
-_NUM_FITS = 4
 _VALUES_AT_ONCE = 2**17
 
 
@@ -73,8 +71,8 @@ class RangeObserver(nn.Module, ABC):
 
         Raises:
             ValueError: If ``x`` holds no floating numbers, or NaN or infinity. On an accelerator
-                only :class:`HistogramRange` looks at once; elsewhere the range becomes NaN or
-                infinite, which ``affine_parameters`` refuses, and no step waits for the device.
+                only :class:`HistogramRange` looks; so that no step waits for the device, the
+                others' range becomes NaN or infinite, which ``affine_parameters`` refuses.
         """
         if not x.is_floating_point():
             raise ValueError(
@@ -87,7 +85,7 @@ class RangeObserver(nn.Module, ABC):
             self.to(x.device)
         low, high = (end.float() for end in torch.aminmax(x))
         if x.device.type == "cpu":
-            _check_finite(float(low), float(high))
+            check_finite(float(low), float(high))
         self._take(x, low, high)
         self.num_batches += 1
 
@@ -193,7 +191,8 @@ class HistogramRange(RangeObserver):
 
     Bins are as wide as a power of two, and zero is an edge, so that a histogram that must reach
     farther merges bins two by two: what was counted stays counted, and the result does not depend
-    on how values came in batches or in which order. Of the 2048 bins more than half lie between
+    on how values came in batches or in which order (1e-30 of the greatest value is as good as
+    zero). Of the 2048 bins more than half lie between
     zero, the least and the greatest value.
 
     Args:
@@ -228,7 +227,7 @@ class HistogramRange(RangeObserver):
         percentile: float = 99.99,
     ) -> None:
         super().__init__()
-        _check_grid(grid)
+        check_grid(grid)
         if objective not in get_args(HistogramObjective):
             raise ValueError(
                 f"objective is {objective!r}; expected one of "
@@ -245,7 +244,7 @@ class HistogramRange(RangeObserver):
         self.register_buffer("high", torch.tensor(-math.inf, dtype=torch.float32))
 
     def _take(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        _check_finite(float(low), float(high))
+        check_finite(float(low), float(high))
         low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._reach(min(float(low), 0.0), max(float(high), 0.0))
         self.low.copy_(low)
@@ -260,7 +259,9 @@ class HistogramRange(RangeObserver):
     def _reach(self, low: float, high: float) -> None:
         """Widen the bins until both ends are in one, moving what was counted along."""
         before, first = int(self.exponent), int(self.first)
-        exponent = max(before, math.frexp(high - low)[1] - int(math.log2(NUM_BINS)) - 1)
+        exponent = before
+        if high > low:
+            exponent = max(before, math.frexp(high - low)[1] - int(math.log2(NUM_BINS)) - 1)
         while _bin(high, exponent) - _bin(low, exponent) >= NUM_BINS:
             exponent += 1
         if exponent == before and _bin(low, exponent) == first:
@@ -310,7 +311,7 @@ def range_observer(kind: RangeKind, grid: Grid, *, percentile: float = 99.99) ->
     Raises:
         ValueError: If an argument is of another kind, unknown or out of range.
     """
-    _check_grid(grid)
+    check_grid(grid)
     check_percentile(percentile)
     if kind == "minmax":
         return MinMaxRange()
@@ -323,92 +324,6 @@ def range_observer(kind: RangeKind, grid: Grid, *, percentile: float = 99.99) ->
     if kind == "mse":
         return HistogramRange(grid, "mse")
     raise ValueError(f"range kind is {kind!r}; expected one of {', '.join(get_args(RangeKind))}.")
-
-
-@torch.no_grad()
-def mse_weight_scale(weight: Tensor, grid: Grid, axis: int | None = 0) -> Tensor:
-    """The scale of each channel at which rounding its weights costs the least squared error.
-
-    Scales from that of the greatest absolute value down to 1/16 of it are tried. For the integers
-    that the best one gives, the best scale is their least-squares factor, ``<w, q> / <q, q>``;
-    rounding anew and fitting anew, the error falls until it stays. At 8 bits little is won over
-    the greatest value; below 5 bits much.
-
-    Args:
-        weight: Any shape and floating dtype.
-        grid: A signed grid.
-        axis: The dimension of channels: 0 for convolutions and linear layers, 1 for transposed
-            convolutions; ``None`` for one scale.
-
-    Returns:
-        float32, shape ``[weight.shape[axis]]`` or ``[]``, on the device of ``weight``; 1 for
-        channels that are all zero.
-
-    Raises:
-        ValueError: If ``grid`` is unsigned, ``axis`` is no dimension of ``weight``, or a weight is
-            NaN or infinite.
-    """
-    if axis is None:
-        return mse_weight_scale(weight.reshape(1, -1), grid)[0]
-    _check_grid(grid)
-    if not grid.signed:
-        raise ValueError(f"weights are rounded to a signed grid; {grid} came.")
-    if isinstance(axis, bool) or not -weight.dim() <= axis < weight.dim():
-        raise ValueError(
-            f"axis is {axis} of a weight of shape {list(weight.shape)}; give the dimension of its "
-            "output channels."
-        )
-    rows = weight.detach().float().movedim(axis, 0)
-    rows = rows.reshape(len(rows), -1)
-    if rows.numel() == 0:
-        return rows.new_ones(len(rows))
-    least, greatest = rows.aminmax()
-    _check_finite(float(least), float(greatest))
-    # A few channels at a time, so that what is tried again and again stays in the cache.
-    at_once = max(_VALUES_AT_ONCE // rows.shape[1], 1)
-    return torch.cat([_best_scale(some, grid) for some in torch.split(rows, at_once)])
-
-
-def _best_scale(rows: Tensor, grid: Grid) -> Tensor:
-    """One scale a row: the best of those tried, then fitted to the integers it gives."""
-    widest = rows.abs().amax(1) / grid.high
-    widest = torch.where(widest > torch.finfo(torch.float32).tiny, widest, torch.ones_like(widest))
-    best, error = widest, torch.full_like(widest, math.inf)
-    for part in _WEIGHT_PARTS:
-        best, error = _better(rows, grid, widest * part, best, error)
-    for _ in range(_NUM_FITS):
-        integers = _integers(rows, best, grid)
-        squares = integers.square().sum(1)
-        fitted = torch.where(squares > 0, (rows * integers).sum(1) / squares, best)
-        best, error = _better(rows, grid, fitted, best, error)
-    return best
-
-
-def _better(
-    rows: Tensor, grid: Grid, tried: Tensor, best: Tensor, error: Tensor
-) -> tuple[Tensor, Tensor]:
-    """For each row the better of two scales, and its squared error."""
-    rounded = _integers(rows, tried, grid).mul_(tried[:, None])
-    tried_error = rounded.sub_(rows).square_().sum(1)
-    better = tried_error < error
-    return torch.where(better, tried, best), torch.where(better, tried_error, error)
-
-
-def _integers(rows: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    return (rows * scale.reciprocal()[:, None]).round_().clamp_(grid.low, grid.high)
-
-
-def _check_grid(grid: Grid) -> None:
-    if not isinstance(grid, Grid):
-        raise ValueError(f"grid is {grid!r}; expected a Grid, as in Grid(8, signed=False).")
-
-
-def _check_finite(low: float, high: float) -> None:
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(
-            f"values from {low} to {high} came, which are NaN or infinite. Look at the input data "
-            "and at the loss."
-        )
 
 
 def _bin(value: float, exponent: int) -> int:

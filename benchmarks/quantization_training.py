@@ -1,0 +1,156 @@
+"""The training runs of the quantization study: QAT beside float fine-tuning with the same budget.
+
+Every run starts from the same trained network and is scored on the test folder before and after.
+Settings were not tuned on the test images: the learning rate is a tenth of the usual one, and
+moments of freezing are the defaults of ``QuantizationAwareTraining``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lit_compress import QuantizationAwareTraining
+from lit_compress.tasks import CIFAR10JPEGDataModule, ImageClassifier
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "quantization_training.json"
+SEEDS = (1, 2, 3)
+METHODS = {"resnet20": ("control", "qat-w8a8", "qat-w4a8"), "mobilenet_v1": ("control", "qat-w8a8")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    epochs: int = 2
+    batch_size: int = 128
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    precision: str = "bf16-mixed"
+    max_train_per_class: int | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training run."""
+
+    model: str
+    method: str
+    seed: int
+
+
+def points() -> list[Point]:
+    """All runs, the seeds in turn, so that a partial study is balanced."""
+    return [Point(m, how, seed) for seed in SEEDS for m in METHODS for how in METHODS[m]]
+
+
+def trained_module(model: str, lr: float = 0.01, weight_decay: float = 1e-4) -> ImageClassifier:
+    """A trained network of the study: ``"resnet20"`` or ``"mobilenet_v1"`` (0.5)."""
+    weights = {"resnet20": "resnet20-cifar10-jpeg", "mobilenet_v1": "mobilenetv1-0.5-cifar10-jpeg"}
+    return ImageClassifier(
+        model,
+        model_args={"width": 0.5} if model == "mobilenet_v1" else None,
+        weights=weights[model],
+        lr=lr,
+        weight_decay=weight_decay,
+    )
+
+
+def callbacks(method: str) -> list[pl.Callback]:
+    """The callbacks under test."""
+    if method == "control":
+        return []
+    if method == "qat-w8a8":
+        return [QuantizationAwareTraining()]
+    return [QuantizationAwareTraining(weight_bits=4, ranges="learned")]
+
+
+def quiet_trainer(epochs: int, chosen: list[pl.Callback], **kwargs: Any) -> pl.Trainer:
+    """A Trainer that only trains."""
+    return pl.Trainer(
+        max_epochs=epochs,
+        callbacks=chosen,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+
+
+def train(point: Point, settings: Settings, keep: Path | None = None) -> dict[str, Any]:
+    """Train one point and score it on the test folder, in float32 and rounded as trained."""
+    pl.seed_everything(point.seed, verbose=False)
+    module = trained_module(point.model, settings.lr, settings.weight_decay)
+    data = CIFAR10JPEGDataModule(
+        batch_size=settings.batch_size,
+        seed=point.seed,
+        max_train_per_class=settings.max_train_per_class,
+    )
+    trainer = quiet_trainer(settings.epochs, callbacks(point.method), precision=settings.precision)
+    began = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - began
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(keep / f"{point.model}-{point.method}-{point.seed}.ckpt")
+    plain = quiet_trainer(0, [])
+    test = plain.test(module, data, verbose=False)[0]["test_top1"]
+    return asdict(point) | {"test_top1": test, "train_seconds": round(seconds, 1)}
+
+
+def read_results() -> dict[str, Any]:
+    """The committed results."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    return results
+
+
+def run_all(settings: Settings, workers: int, threads: int, keep: Path | None) -> None:
+    """Train every point that is not in the results yet; write after each."""
+    done: dict[str, Any] = {"settings": asdict(settings), "points": []}
+    if RESULTS.exists():
+        done = read_results()
+    if done["settings"] != asdict(settings):
+        raise SystemExit(f"{RESULTS} was made with other settings; move it away first.")
+    finished = {Point(p["model"], p["method"], p["seed"]) for p in done["points"]}
+    todo = [(point, settings, keep) for point in points() if point not in finished]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, initializer=be_quiet, initargs=(threads,)) as pool:
+        for result in pool.imap_unordered(_train, todo):
+            done["points"].append(result)
+            done["points"].sort(key=lambda p: (p["model"], p["method"], p["seed"]))
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(done, indent=2) + "\n")
+            print(json.dumps(result), flush=True)
+
+
+def _train(arguments: tuple[Point, Settings, Path | None]) -> dict[str, Any]:
+    return train(*arguments)
+
+
+def be_quiet(threads: int) -> None:
+    """One process of the study says nothing and uses so many threads."""
+    torch.set_num_threads(threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def scores(results: dict[str, Any], model: str, method: str) -> list[float]:
+    """Test top-1 in percent of each seed."""
+    return [
+        100 * p["test_top1"]
+        for p in results["points"]
+        if p["model"] == model and p["method"] == method
+    ]

@@ -1,0 +1,251 @@
+"""A network into a file of a runtime, run there and compared before it counts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lit_compress.compress.quantization.integers import integer_network
+from lit_compress.compress.quantization.network import is_quantized
+from lit_compress.deploy.flat_call import FlatCall, flat_inputs
+from lit_compress.deploy.parity import Parity, ParityTolerance, compare
+from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
+from lit_compress.deploy.runtimes import LoadedFile, load_file, route_to
+from lit_compress.measure.inputs import (
+    ExampleInputs,
+    describe,
+    evaluating,
+    infer_batch_size,
+    with_batch_size,
+)
+from lit_compress.measure.size import compressed_length
+from lit_compress.measure.table import aligned, megabytes
+
+__all__ = ["ExportedFile", "export"]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that computes what torch computes, within the tolerance.
+
+    Attributes:
+        path: The file.
+        target: Where it runs.
+        integers: Whether it is of a quantized network.
+        batch_size: Examples that it takes at a time; ``None`` for any number.
+        size_bytes: Its size.
+        compressed_size_bytes: Its size after deflate.
+        parity: How close its outputs are to torch's.
+        seconds: What writing took.
+    """
+
+    path: Path
+    target: Target
+    integers: bool
+    batch_size: int | None
+    size_bytes: int
+    compressed_size_bytes: int
+    parity: Parity
+    seconds: float
+
+    def __str__(self) -> str:
+        rows = [
+            ("target", self.target),
+            ("numbers", "int8" if self.integers else "float"),
+            ("batch", "any" if self.batch_size is None else str(self.batch_size)),
+            ("size", megabytes(self.size_bytes)),
+            ("size, deflate", megabytes(self.compressed_size_bytes)),
+        ]
+        return "\n".join([*aligned((str(self.path), ""), rows), "", str(self.parity)])
+
+
+def export(
+    network: nn.Module,
+    target: Target,
+    path: str | os.PathLike[str],
+    example_inputs: ExampleInputs,
+    *,
+    check_inputs: Sequence[ExampleInputs] | None = None,
+    tolerance: ParityTolerance | None = None,
+    num_threads: int = 1,
+) -> ExportedFile:
+    """Write a network to a file, run the file in its runtime and compare it with torch.
+
+    The file gets its name only when its outputs are within the tolerance; a file beyond it is
+    removed, and one that had the name before stays.
+
+    Args:
+        network: A network of floats, or one that is quantized; unchanged, in any mode. A quantized
+            one is written with integers, a float one as it is.
+        target: ``"onnx"`` and ``"ort-int8"`` (ONNX Runtime; the second takes quantized networks
+            only), ``"executorch"``, ``"litert"`` or ``"inductor"`` (AOTInductor).
+        path: The file; the runtime's suffix is added where it is missing.
+        example_inputs: One batch; a tensor, a tuple of arguments or a dict of keyword arguments.
+            ONNX files take any batch size, the others that of this batch.
+        check_inputs: Batches of real inputs, like ``example_inputs`` but for the batch size, on
+            which file and torch are compared; by default the example inputs. Where the file's
+            batch size is fixed, they are cut into batches of that size, the last one filled up.
+        tolerance: What is close enough; by default a cosine of .99 and an argmax agreement of .95.
+        num_threads: Threads of the runtime while comparing, at least 1.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: If the runtime cannot take the network.
+        MissingExtra: If the runtime is not installed.
+        ParityError: If the outputs differ too much.
+        ValueError: If a value is out of range, the network is of floats and the target takes
+            integers only, or it does not run on the inputs.
+    """
+    route = route_to(target)
+    integers = is_quantized(network)
+    if target == "ort-int8" and not integers:
+        raise ValueError(
+            f"{type(network).__name__} is a network of floats; {target} takes quantized ones. "
+            "Quantize it first, with lit-compress quantize, PostTrainingQuantization or "
+            "QuantizationAwareTraining, or export it to onnx."
+        )
+    path = _with_suffix(Path(path), route)
+    batches = list(check_inputs) if check_inputs is not None else [example_inputs]
+    if not batches:
+        raise ValueError("check_inputs holds no batch; give at least one, or leave it out.")
+    with _in_evaluation_on_cpu(network) as on_cpu:
+        reference = _checked_call(on_cpu, example_inputs)
+        written = FlatCall(integer_network(on_cpu, route.spelling), example_inputs) if integers \
+            else reference  # fmt: skip
+        with _temporary(path) as temporary:
+            start = time.perf_counter()
+            any_batch = _write(written, route, target, temporary, example_inputs, integers)
+            seconds = time.perf_counter() - start
+            size = None if any_batch else infer_batch_size(example_inputs)
+            parity = _parity(reference, temporary, batches, size, num_threads)
+            (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
+            os.replace(temporary, path)
+    data = path.read_bytes()
+    return ExportedFile(
+        path=path,
+        target=target,
+        integers=integers,
+        batch_size=size,
+        size_bytes=len(data),
+        compressed_size_bytes=compressed_length(data),
+        parity=parity,
+        seconds=seconds,
+    )
+
+
+def _with_suffix(path: Path, route: Route) -> Path:
+    path = path if path.suffix == route.suffix else path.with_name(path.name + route.suffix)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def _in_evaluation_on_cpu(network: nn.Module) -> Iterator[nn.Module]:
+    """The network itself where it is on the CPU, else a copy there."""
+    tensors = (*network.parameters(), *network.buffers())
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        network = copy.deepcopy(network).cpu()
+    with evaluating(network), torch.no_grad():
+        yield network
+
+
+def _checked_call(network: nn.Module, example_inputs: ExampleInputs) -> FlatCall:
+    call = FlatCall(network, example_inputs)
+    try:
+        call(*flat_inputs(example_inputs))
+    except Exception as error:
+        raise ValueError(
+            f"{type(network).__name__} raised {type(error).__name__} on example_inputs of "
+            f"{describe(example_inputs)}: {error}. Pass one batch as it takes it."
+        ) from error
+    return call
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside the file's, gone afterwards."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(
+    call: FlatCall,
+    route: Route,
+    target: Target,
+    path: Path,
+    example_inputs: ExampleInputs,
+    integers: bool,
+) -> bool:
+    if route.dynamic_batch:
+        # torch.export takes a batch of one for a constant.
+        example_inputs = with_batch_size(example_inputs, max(2, infer_batch_size(example_inputs)))
+    try:
+        return route.export(call.eval(), flat_inputs(example_inputs), path, integers=integers)
+    except MissingExtra:
+        raise
+    except Exception as error:  # each exporter has errors of its own
+        name = type(_network_of(call)).__name__
+        said = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"{name} cannot be written for {target}; its exporter says {type(error).__name__}: "
+            f"{said[:500]}. Replace the operation that it names, keep it out of the exported "
+            "network, or choose another target."
+        ) from error
+
+
+def _network_of(call: FlatCall) -> nn.Module:
+    network = getattr(call.network, "network", call.network)
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _parity(
+    reference: FlatCall,
+    path: Path,
+    batches: Sequence[ExampleInputs],
+    batch_size: int | None,
+    num_threads: int,
+) -> Parity:
+    with load_file(path, num_threads) as runner:
+        return compare(_pairs(reference, runner, _resized(batches, batch_size)))
+
+
+def _pairs(
+    reference: FlatCall, runner: LoadedFile, batches: Iterator[Tensors]
+) -> Iterator[tuple[Tensors, Tensors]]:
+    for batch in batches:
+        # Runtimes and modules may write to their inputs.
+        yield reference(*(t.clone() for t in batch)), runner(batch)
+
+
+def _resized(batches: Sequence[ExampleInputs], batch_size: int | None) -> Iterator[Tensors]:
+    """Batches of the size that a file takes; without one, as they are and one of another size."""
+    if batch_size is None:
+        first = infer_batch_size(batches[0])
+        yield flat_inputs(with_batch_size(batches[0], 1 if first > 1 else 2))
+        for batch in batches:
+            yield flat_inputs(batch)
+        return
+    for batch in batches:
+        present = infer_batch_size(batch)
+        tensors = flat_inputs(with_batch_size(batch, -(-present // batch_size) * batch_size))
+        for start in range(0, present, batch_size):
+            yield tuple(
+                t[start : start + batch_size] if t.dim() and t.shape[0] > batch_size else t
+                for t in tensors
+            )

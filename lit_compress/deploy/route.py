@@ -1,0 +1,125 @@
+"""What a way to a runtime is, and how it fails."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from lit_compress.compress.quantization.integers import Spelling
+from lit_compress.deploy.flat_call import FlatCall
+
+__all__ = [
+    "ExportError",
+    "MissingExtra",
+    "Route",
+    "Runner",
+    "Shape",
+    "Target",
+    "Tensors",
+    "needs_extra",
+]
+
+Target: TypeAlias = Literal["onnx", "ort-int8", "executorch", "litert", "inductor"]
+"""Where a file is to run: ONNX Runtime, with integers in ONNX Runtime, and so on."""
+Tensors: TypeAlias = tuple[Tensor, ...]
+Shape: TypeAlias = tuple[int | None, ...]
+
+
+class MissingExtra(ImportError):
+    """A runtime's packages are not installed; the message says how to install them."""
+
+
+class ExportError(RuntimeError):
+    """A runtime cannot take a network; the message gives the runtime's own words."""
+
+
+class Runner(ABC):
+    """A file loaded in its runtime.
+
+    Attributes:
+        input_shapes: Shapes of its inputs; ``None`` for a dimension that may have any length.
+    """
+
+    input_shapes: tuple[Shape, ...]
+
+    @abstractmethod
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """Run the file on tensors on the CPU, in the order of `FlatCall`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what the runtime holds."""
+
+
+class Route(ABC):
+    """The way of a network into a file of one runtime, and the file's way back into memory.
+
+    Attributes:
+        suffix: How names of its files end, as in ``".onnx"``.
+        extra: The extra that installs the runtime; ``None`` where torch is all it needs.
+        spelling: How a quantized network is written for it.
+        dynamic_batch: Whether a file takes batches of any size, unless the network itself fixes it.
+    """
+
+    suffix: str
+    extra: str | None
+    spelling: Spelling
+    dynamic_batch: bool
+
+    @abstractmethod
+    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> bool:
+        """Write a file.
+
+        Args:
+            call: The network in evaluation mode, on the CPU.
+            inputs: One batch; of at least two examples where ``dynamic_batch``.
+            path: The file, whose name ends in ``suffix``.
+            integers: Whether the network is one of integers, in this route's spelling.
+
+        Returns:
+            Whether the file takes batches of any size.
+
+        Raises:
+            MissingExtra: If the runtime's packages are not installed.
+        """
+
+    @abstractmethod
+    def recognizes(self, head: bytes) -> bool:
+        """Whether a file of this suffix that begins like this may be one of this runtime.
+
+        Args:
+            head: The first 64 bytes.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, num_threads: int) -> Runner:
+        """Load a file in its runtime.
+
+        Raises:
+            MissingExtra: If the runtime's packages are not installed.
+        """
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Turn a failing import inside into an error that says what to install.
+
+    Args:
+        extra: The extra of this package.
+        what: What needs it, as in ``"ONNX files"``.
+
+    Raises:
+        MissingExtra: If a module is not found.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{what} need the package {error.name}, which is not installed. Install it with "
+            f'pip install "lit-compress[{extra}]".'
+        ) from error

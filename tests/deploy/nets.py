@@ -1,0 +1,54 @@
+"""Small networks, plain and quantized."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lit_compress.compress.quantization.network import calibrate, prepare
+from lit_compress.compress.quantization.scheme import QuantizationScheme
+
+
+class SmallNet(nn.Module):
+    """A residual block with batch norms, an average, a linear layer: what runtimes fuse."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8, eps=1e-3)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, image):
+        x = F.relu(self.norm(self.conv1(image)))
+        x = F.relu(self.conv3(F.relu6(self.conv2(x))) + x)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def small_net(**kwargs):
+    torch.manual_seed(0)
+    net = SmallNet(**kwargs)
+    with torch.no_grad():
+        net.norm.running_mean.normal_(0, 0.1)
+        net.norm.running_var.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+def images(count=4, seed=1):
+    return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def quantized_net():
+    net = small_net()
+    prepare(net, QuantizationScheme(), lambda network: network(images()))
+    calibrate(net, lambda network, batch: network(batch), [images(8, 2), images(8, 3)])
+    return net
+
+
+class Nested(nn.Module):
+    """Two inputs, one by keyword, and a dictionary of outputs."""
+
+    def forward(self, image, scales=None, flip=False):
+        x = image * scales["gain"][:, None, None, None] + scales["shift"][:, None, None, None]
+        x = x.flip(-1) if flip else x
+        return {"mean": x.mean((2, 3)), "all": [x, x.sum()]}
