@@ -1,4 +1,4 @@
-"""What must come before weights are clustered: the cuts and the final masks."""
+"""What must be final before weights are clustered: the masks of the same weights."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ import math
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lit_compress.callbacks.channel_pruning import ChannelPruning
+from lit_compress.callbacks._stage_order import StageSpan, span_in_steps
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.compress.clustered_weights import ClusteredWeights
 
-__all__ = ["refuse_moving_masks", "refuse_pruning_after"]
-
-
-def refuse_pruning_after(trainer: pl.Trainer, clustering: pl.Callback) -> None:
-    """Refuse an order of callbacks in which pruning acts on weights that are clustered already.
-
-    Raises:
-        MisconfigurationException: If a callback that prunes comes after ``clustering``.
-    """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    for later in callbacks[callbacks.index(clustering) + 1 :]:
-        if isinstance(later, (MagnitudeSparsity, ChannelPruning)):
-            raise MisconfigurationException(
-                f"{type(later).__name__} comes after WeightClustering, which clusters what pruning "
-                "has left. Order the callbacks as ChannelPruning, MagnitudeSparsity, "
-                "WeightClustering, then quantization."
-            )
+__all__ = ["refuse_moving_masks"]
 
 
 def refuse_moving_masks(trainer: pl.Trainer, weights: ClusteredWeights, begin: int) -> None:
@@ -69,7 +53,5 @@ def _end_of_masks(trainer: pl.Trainer, sparsity: MagnitudeSparsity) -> float | N
     assert sparsity.ramp is not None, "its on_fit_start has not run"
     if sparsity._active_weights.is_settled:
         return None
-    if sparsity.schedule.unit == "step":
-        return sparsity.ramp.end
-    per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    return sparsity.ramp.end * math.ceil(per_epoch) if math.isfinite(per_epoch) else math.inf
+    span = StageSpan(sparsity.ramp.begin, sparsity.ramp.end, sparsity.schedule.unit)
+    return span_in_steps(trainer, span).end

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._weight_averages import averaged_modules
+from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.compress.layers import plain_name
+from lit_compress.compress.quantization.affine import affine_parameters
 from lit_compress.compress.quantization.network import (
     Quantization,
     attach,
@@ -19,10 +24,29 @@ from lit_compress.compress.quantization.network import (
     quantized_network,
     remove_quantization,
 )
-from lit_compress.compress.quantization.quantizers import Quantizer
+from lit_compress.compress.quantization.quantizers import ActivationQuantizer, Quantizer
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
-__all__ = ["clustered_weights", "cut_quantizers", "give_quantizers", "train_scales"]
+__all__ = [
+    "CallWatch",
+    "FrozenBatchNorms",
+    "Removable",
+    "agree_on_ranges",
+    "clustered_weights",
+    "cut_quantizers",
+    "follow_in_average",
+    "give_quantizers",
+    "let_scales_learn",
+    "quantizers_of_averages",
+    "train_scales",
+]
+
+
+class Removable(Protocol):
+    """What is bound to a run and can be taken off again."""
+
+    def remove(self) -> None:
+        """Take it off."""
 
 
 def give_quantizers(
@@ -35,7 +59,7 @@ def give_quantizers(
     """Prepare a network that is about to train, and the averages that callbacks keep of it.
 
     Args:
-        trainer: A Trainer in ``on_fit_start``.
+        trainer: A Trainer in ``on_fit_start`` or later.
         pl_module: The module.
         network: The network inside of it, not quantized.
         scheme: What is to be quantized.
@@ -59,7 +83,8 @@ def train_scales(trainer: pl.Trainer, network: nn.Module) -> int:
     network's parameters, so that schedulers and the resuming of optimizers go on as they are.
 
     Args:
-        trainer: A Trainer in ``on_fit_start``, before optimizer states are restored.
+        trainer: A Trainer; in ``on_fit_start``, before optimizer states are restored, if they hold
+            states of these scales, else in ``on_train_start``.
         network: A quantized network.
 
     Returns:
@@ -77,6 +102,115 @@ def train_scales(trainer: pl.Trainer, network: nn.Module) -> int:
     group = min(optimizer.param_groups, key=lambda g: float(g.get("weight_decay", 0.0)))
     group["params"] += scales
     return len(scales)
+
+
+def let_scales_learn(network: nn.Module, learn: bool) -> None:
+    """Say whether scales that are learned get gradients; DDP waits for those of all that do."""
+    for scale in quantized_network(network).parameters():
+        scale.requires_grad_(learn)
+        if not learn:
+            scale.grad = None
+
+
+def quantizers_of_averages(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
+) -> list[Quantization]:
+    """The quantizers of a network in the averages that callbacks keep of it."""
+    name = _name(pl_module, network)
+    parts = [average.get_submodule(name) for average in averaged_modules(trainer)]
+    return [quantized_network(part) for part in parts if is_quantized(part)]
+
+
+@torch.no_grad()
+def follow_in_average(
+    pl_module: pl.LightningModule, network: nn.Module, average: nn.Module
+) -> None:
+    """Give an average the ranges of the network: zero points are no numbers to average.
+
+    Args:
+        pl_module: The module.
+        network: A quantized network inside of it.
+        average: An average of the module. Scales that are learned stay averages.
+    """
+    part = average.get_submodule(_name(pl_module, network))
+    if is_quantized(part):
+        ranges = dict(quantized_network(network).named_buffers())
+        for name, buffer in quantized_network(part).named_buffers():
+            buffer.copy_(ranges[name])
+
+
+@torch.no_grad()
+def agree_on_ranges(
+    trainer: pl.Trainer, quantization: Quantization, also_learned: bool = False
+) -> None:
+    """Give all processes the mean of the ranges that they observed.
+
+    Args:
+        trainer: The Trainer.
+        quantization: A network's quantizers, the same in each process.
+        also_learned: Whether learned scales start anew from these ranges.
+    """
+    grid = quantization.scheme.activation_grid
+    found = [
+        quantizer
+        for quantizer in quantization.activations.values()
+        if isinstance(quantizer, ActivationQuantizer) and (also_learned or not quantizer.learned)
+    ]
+    if trainer.world_size == 1 or grid is None or not found:
+        return
+    ends = torch.stack([torch.stack([q.low for q in found]), torch.stack([q.high for q in found])])
+    low, high = trainer.strategy.reduce(ends, reduce_op="mean")
+    scales, zero_points = affine_parameters(low, high, grid, checked=False)
+    for index, quantizer in enumerate(found):
+        quantizer.low.copy_(low[index])
+        quantizer.high.copy_(high[index])
+        quantizer.set_scale(scales[index], zero_points[index])
+
+
+class FrozenBatchNorms:
+    """Batch norms held in evaluation mode, until they get their own mode back."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, nn.Module] = {}
+
+    def hold(self, network: nn.Module) -> None:
+        """Put the batch norms of a network that are in training mode into evaluation mode."""
+        for module in network.modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                module.training = False
+                self._held[id(module)] = module
+
+    def release(self) -> None:
+        """Put those that were held back into training mode."""
+        for module in self._held.values():
+            module.training = True
+        self._held.clear()
+
+
+class CallWatch:
+    """Finds out whether training steps call a quantized network.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.num_steps = 0
+        self._called = False
+        self._wrapper = MethodWrapper(quantized_network(network), "run", self._run)
+
+    @property
+    def was_missed(self) -> bool:
+        """Whether there were training steps and none of them called it."""
+        return self.num_steps > 0 and not self._called
+
+    def remove(self) -> None:
+        """Stop watching."""
+        self._wrapper.remove()
+
+    def _run(self, run: Callable[..., Any], network: nn.Module, *args: Any) -> Any:
+        self._called |= network.training
+        return run(network, *args)
 
 
 def cut_quantizers(
@@ -118,14 +252,14 @@ def _cut(trainer: pl.Trainer, quantizer: Quantizer, kept: Tensor) -> None:
 def clustered_weights(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
 ) -> list[str]:
-    """Names within a network of the weights that callbacks keep in clusters."""
+    """Names within a network of the weights that callbacks keep, or will keep, in clusters."""
     name = _name(pl_module, network)
-    prefix = f"{name}." if name else ""
+    prefix = plain_name(f"{name}." if name else "")
     clustered: set[str] = set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        clustered |= set(getattr(callback, "clustered_names", ()))
-    names = {plain_name(n): n for n, _ in network.named_parameters()}
-    return [own for plain, own in names.items() if plain_name(prefix) + plain in clustered]
+        if isinstance(callback, WeightClustering) and callback.selection is not None:
+            clustered |= set(callback.selection.names)
+    return [n for n, _ in network.named_parameters() if prefix + plain_name(n) in clustered]
 
 
 def _name(pl_module: pl.LightningModule, network: nn.Module) -> str:

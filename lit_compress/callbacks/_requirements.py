@@ -14,9 +14,11 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
 from lit_compress.callbacks._method_wrapping import MethodWrapper
+from lit_compress.callbacks._network_calls import is_compiled
 
 __all__ = [
     "explain_unreadable_checkpoints",
+    "refuse_compiled_module",
     "refuse_nan_loss",
     "refuse_sharded_strategy",
     "refuse_spawned_processes",
@@ -46,6 +48,20 @@ def refuse_spawned_processes(trainer: pl.Trainer, callback: str) -> None:
         raise MisconfigurationException(
             f"{callback} changes the shapes of weights, and with a strategy that spawns its "
             "processes the main one would load them into the model as it was; use strategy='ddp'."
+        )
+
+
+def refuse_compiled_module(pl_module: pl.LightningModule, callback: str) -> None:
+    """Refuse modules whose computation ``torch.compile`` has fixed.
+
+    Raises:
+        MisconfigurationException: If the module or a part of it is compiled.
+    """
+    if is_compiled(pl_module):
+        raise MisconfigurationException(
+            f"{callback} changes what {type(pl_module).__name__} computes, and torch.compile has "
+            "fixed that. Train the module uncompiled; what it becomes can be exported or compiled "
+            "afterwards."
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +54,11 @@ class ResidentValidation:
     Args:
         pl_module: The LightningModule.
         network: The network in it that the others take the place of, or the module itself.
-        batches: What to validate on; see :func:`record_validation`.
+        batches: What to validate on; see :func:`record_validation`. They are gone through at
+            every call, and may be loaded anew each time.
         trainer: The Trainer that the module's hooks see.
+        several_loaders: Whether hooks are given the number of the loader; by default, if batches
+            of several are there.
 
     Raises:
         ValueError: If there are no batches.
@@ -65,8 +68,9 @@ class ResidentValidation:
         self,
         pl_module: pl.LightningModule,
         network: nn.Module,
-        batches: Sequence[ValidationBatch],
+        batches: Iterable[ValidationBatch],
         trainer: pl.Trainer,
+        several_loaders: bool | None = None,
     ) -> None:
         if not batches:
             raise ValueError(
@@ -75,9 +79,11 @@ class ResidentValidation:
             )
         self._pl_module = pl_module
         self._network = network
-        self._batches = list(batches)
+        self._batches = batches
         self._trainer = trainer
-        self._several = len({batch.loader for batch in batches}) > 1
+        if several_loaders is None:
+            several_loaders = len({batch.loader for batch in batches}) > 1
+        self._several = several_loaders
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """Validate a network, which stays as it is, modes included.

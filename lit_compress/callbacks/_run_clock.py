@@ -72,7 +72,9 @@ def resolved_schedule(trainer: pl.Trainer, schedule: Schedule, callback: str, mi
     return ramp
 
 
-def resolved_moment(trainer: pl.Trainer, moment: int | float, unit: str, callback: str) -> int:
+def resolved_moment(
+    trainer: pl.Trainer, moment: int | float, unit: str, callback: str, name: str = "begin"
+) -> int:
     """A moment of this run, in steps or epochs.
 
     Args:
@@ -80,6 +82,7 @@ def resolved_moment(trainer: pl.Trainer, moment: int | float, unit: str, callbac
         moment: A float is a fraction of the run, an int is absolute.
         unit: ``"step"`` or ``"epoch"``.
         callback: The callback's name, for the message.
+        name: The argument's name, for the message.
 
     Raises:
         MisconfigurationException: If it is a fraction of a run that has no known length.
@@ -87,8 +90,8 @@ def resolved_moment(trainer: pl.Trainer, moment: int | float, unit: str, callbac
     length = run_length(trainer, unit)
     if isinstance(moment, float) and math.isinf(length):
         raise MisconfigurationException(
-            f"{callback}: begin is {moment} of a run that has no known length. Set "
-            f"max_epochs or max_steps on the Trainer, or give begin as a whole number of {unit}s."
+            f"{callback}: {name} is {moment} of a run that has no known length. Set max_epochs or "
+            f"max_steps on the Trainer, or give {name} as a whole number of {unit}s."
         )
     return absolute_moment(moment, length)
 

@@ -24,6 +24,12 @@ from lit_compress.callbacks._requirements import (
     refuse_spawned_processes,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_moment, resolved_schedule
+from lit_compress.callbacks._stage_order import (
+    Stage,
+    StageSpan,
+    check_stage_order,
+    refuse_quantized_network,
+)
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
@@ -104,8 +110,9 @@ class ChannelPruning(pl.Callback):
             matches nothing, or a target cannot be reached; when a checkpoint is loaded whose
             structure does not fit the module.
         MisconfigurationException: When the fit begins, if the strategy shards parameters or spawns
-            processes, the network cannot be run on a training batch, or the schedule needs a run
-            length that the Trainer does not know.
+            processes, the network cannot be run on a training batch or is quantized already, or
+            the schedule needs a run length that the Trainer does not know. In ``setup``, if
+            callbacks are listed in an order that cannot work.
 
     Example::
 
@@ -114,6 +121,7 @@ class ChannelPruning(pl.Callback):
     """
 
     changes_weights = True
+    compression_stage: Stage = "prune"
 
     def __init__(
         self,
@@ -172,6 +180,7 @@ class ChannelPruning(pl.Callback):
         carry_structure(pl_module)
         if stage == "fit":
             self._restored = None  # evaluating a checkpoint leaves its state here
+            check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
@@ -179,6 +188,8 @@ class ChannelPruning(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the channels, make the plan and fix the schedule, or take them from a checkpoint."""
         self._let_go()
+        if self._restored is None:  # else the run that is resumed may quantize by now
+            refuse_quantized_network(pl_module, self)
         network = _network(pl_module)
         self._sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
         state, self._restored = self._restored, None
@@ -282,6 +293,13 @@ class ChannelPruning(pl.Callback):
     def kept(self) -> dict[str, int]:
         """Channels that each group has now, by name; empty before the first fit."""
         return {} if self._progress is None else self._progress.kept
+
+    def stage_span(self, resolved: bool) -> StageSpan | None:
+        """From the first cut to the last."""
+        moments = self.ramp if resolved else self.schedule
+        if moments is None:
+            return None
+        return StageSpan(moments.begin, moments.end, self.schedule.unit)
 
     @property
     def _way(self) -> ChannelProgress:

@@ -15,7 +15,8 @@ from torch import nn
 
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._teacher import read_remote
-from lit_compress.compress.quantization.stored import take_quantization
+from lit_compress.compress.quantization.linear_kernels import torchao_weights_readable
+from lit_compress.compress.quantization.stored import holds_torchao_weights, take_quantization
 from lit_compress.compress.structure import replay
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, structure_for
 
@@ -73,7 +74,10 @@ def load_compressed(
     of_record = f"the structure record in {os.fspath(checkpoint_path)!r}"
     if isinstance(module, type) and issubclass(module, LightningModule):
         _refuse_bare_weights(content, checkpoint_path, module)
-        with _replaying_first(_classes(module, content), of_record):
+        with _replaying_first(_classes(module, content), of_record), ExitStack() as readable:
+            if holds_torchao_weights(content):
+                readable.enter_context(torchao_weights_readable())
+                map_location = map_location or "cpu"  # such tensors take no function
             loaded = module.load_from_checkpoint(
                 os.fspath(checkpoint_path),
                 map_location,

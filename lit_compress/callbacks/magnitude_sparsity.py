@@ -20,6 +20,7 @@ from lit_compress.callbacks._requirements import (
     refuse_sharded_strategy,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_schedule
+from lit_compress.callbacks._stage_order import Stage, StageSpan, check_stage_order
 from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
 from lit_compress.compress.layers import (
     LayerType,
@@ -83,7 +84,7 @@ class MagnitudeSparsity(pl.Callback):
             or a weight is NaN.
         MisconfigurationException: When the fit begins, if the strategy shards parameters, the
             schedule needs a run length that the Trainer does not know, or two callbacks mask the
-            same weight.
+            same weight. In ``setup``, if callbacks are listed in an order that cannot work.
 
     Example::
 
@@ -92,6 +93,7 @@ class MagnitudeSparsity(pl.Callback):
     """
 
     changes_weights = True
+    compression_stage: Stage = "sparsify"
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class MagnitudeSparsity(pl.Callback):
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
             self._restored = None  # evaluating a checkpoint leaves its state here
+            check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
@@ -272,6 +275,13 @@ class MagnitudeSparsity(pl.Callback):
     def sparsity(self) -> float:
         """Zeros / weights over all selected weights; 0 before the first fit."""
         return 0.0 if self._weights is None else self._weights.sparsity()
+
+    def stage_span(self, resolved: bool) -> StageSpan | None:
+        """From the first mask to the last."""
+        moments = self.ramp if resolved else self.schedule
+        if moments is None:
+            return None
+        return StageSpan(moments.begin, moments.end, self.schedule.unit)
 
     @property
     def _active_weights(self) -> MaskedWeights:

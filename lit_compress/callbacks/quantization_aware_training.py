@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._cut_in_fit import rewrap
-from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._network_calls import find_network
 from lit_compress.callbacks._quantizers_in_fit import (
+    CallWatch,
+    FrozenBatchNorms,
+    Removable,
+    agree_on_ranges,
     clustered_weights,
     cut_quantizers,
+    follow_in_average,
     give_quantizers,
+    let_scales_learn,
+    quantizers_of_averages,
     train_scales,
 )
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
+    refuse_compiled_module,
     refuse_nan_loss,
     refuse_sharded_strategy,
     refuse_spawned_processes,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_moment
+from lit_compress.callbacks._stage_order import (
+    Stage,
+    StageSpan,
+    check_resolved_order,
+    check_stage_order,
+)
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._training_sample import TrainingSample
-from lit_compress.callbacks._weight_averages import averaged_modules
+from lit_compress.callbacks._weight_averages import AverageWatch, num_extra_epochs
 from lit_compress.compress.quantization.network import (
-    Quantization,
     calibrate,
     fit_weights,
     is_quantized,
@@ -56,14 +69,16 @@ class QuantizationAwareTraining(pl.Callback):
     residual blocks are another. A checkpoint or the module exports with exactly these ranges.
 
     The LightningModule is not changed in any other way: its layers stay the modules they were, with
-    their hooks, dropout, batch norms and parameters, and nothing needs to be exportable. The network
-    gets a child module ``quantization`` with the scales, so that checkpoints hold them;
+    their hooks, dropout, batch norms and parameters, and nothing needs to be exportable. The
+    network gets a child module ``quantization`` with the scales, so that checkpoints hold them;
     ``Trainer.fit/validate/test(ckpt_path=...)`` and :func:`lit_compress.load_compressed` bring
     it back. Interrupted runs resume exactly. Masks of ``MagnitudeSparsity`` and centroids of
     ``WeightClustering`` are kept: zeros stay zero, weights that are equal stay equal.
 
-    Start from a trained network: ranges are calibrated on training batches when the fit begins.
-    Integers cannot follow a network whose weights still move far.
+    Start from a trained network: ranges are calibrated on training batches when the fit begins, and
+    once more where rounding begins. Integers cannot follow a network whose weights still move far.
+    Processes that train together agree on the ranges. Learned scales join the optimizer's parameter
+    group of least weight decay; before ``begin`` they do not move.
 
     Logged to every logger when it changes: ``quantization/weight_bits`` (the least of all layers)
     and ``quantization/quantizing``.
@@ -75,7 +90,8 @@ class QuantizationAwareTraining(pl.Callback):
         ranges: ``"observed"``: weights by their greatest magnitude, activations by a moving average
             of what they reach. ``"learned"``: scales are trained with the weights, for few bits.
         begin: When rounding begins; a float is a fraction of the run, an int a number of steps or
-            epochs. Before it, ranges are only observed.
+            epochs. Before it the run is what it would be without this callback. Channels must be
+            cut and weights clustered by then.
         freeze_batch_norm: When batch norms stop following the batches and use their running
             statistics, as they will in the end; ``None`` for never.
         freeze_ranges: When observed ranges of activations stop moving; ``None`` for never.
@@ -93,9 +109,11 @@ class QuantizationAwareTraining(pl.Callback):
         ValueError: At construction, if an argument is out of range or of the wrong kind. When the
             fit begins, if nothing can be quantized, a name pattern matches nothing or an activation
             is NaN. During the fit, if the loss is NaN.
-        MisconfigurationException: When the fit begins, if the strategy shards parameters or spawns
-            processes, there are no training batches, a moment is a fraction of a run of unknown
-            length, or callbacks come in an order that cannot work.
+        MisconfigurationException: In ``setup``, if the strategy shards parameters or spawns
+            processes, the module is compiled, or callbacks come in an order that cannot work. When
+            the fit begins, if there are no training batches, a moment is a fraction of a run of
+            unknown length, two of these callbacks have the same network, or the checkpoint's
+            optimizer trains scales that these arguments do not have.
 
     Example::
 
@@ -104,6 +122,7 @@ class QuantizationAwareTraining(pl.Callback):
     """
 
     changes_weights = True
+    compression_stage: Stage = "quantize"
 
     def __init__(
         self,
@@ -144,6 +163,10 @@ class QuantizationAwareTraining(pl.Callback):
                 f"num_calibration_batches is {num_calibration_batches!r}; give a whole number of "
                 "at least 1."
             )
+        if network is not None and not isinstance(network, str):
+            raise ValueError(
+                f"network is {network!r}; give its dotted name in the LightningModule."
+            )
         self.begin = begin
         self.freeze_batch_norm = freeze_batch_norm
         self.freeze_ranges = freeze_ranges
@@ -153,47 +176,69 @@ class QuantizationAwareTraining(pl.Callback):
         self.network = network
 
         self._plan: QuantizationPlan | None = None
+        self._resumes = False
         self._now: int = 0
+        self._calibrated_at: int | None = None
         self._restored: dict[str, Any] | None = None
-        self._bound: list[MethodWrapper] = []
+        self._frozen = FrozenBatchNorms()
+        self._calls: CallWatch | None = None
+        self._bound: list[Removable] = []
 
     # --- The run ----------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Carry the quantizers in checkpoints; refuse what cannot work before anything is loaded."""
+        """Carry the quantizers in checkpoints; refuse what cannot work before it is loaded."""
         carry_structure(pl_module)
         if stage == "fit":
             self._restored = None  # evaluating a checkpoint leaves its state here
+            check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
+            refuse_compiled_module(pl_module, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the network calibrated quantizers, or take those of the checkpoint."""
+        """Fix the moments, or take over those and the quantizers of a checkpoint."""
         self._let_go()
+        refuse_compiled_module(pl_module, type(self).__name__)  # configure_model may have done it
+        self._refuse_shared_network(trainer, pl_module)
         network = self._network(pl_module)
+        self._calibrated_at = None
         state, self._restored = self._restored, None
-        if state is not None and state["declared"] == self._declared and is_quantized(network):
-            # The run keeps the moments it was started with, also when max_epochs has grown.
-            self._plan = QuantizationPlan(**state["plan"])
+        if state is None or state["declared"] != self._declared or not is_quantized(network):
+            self._refuse_other_scales(state)
+            self._plan, self._resumes = self._resolved_plan(trainer), False
         else:
-            self._plan = self._resolved_plan(trainer)
-            self._prepare(trainer, pl_module, network)
-        if train_scales(trainer, network) or self.scheme.activation_ranges == "learned":
-            rewrap(trainer, pl_module)
+            # The run keeps the moments it was started with, also when max_epochs has grown.
+            self._plan, self._resumes = QuantizationPlan(**state["plan"]), True
+            train_scales(trainer, network)  # before the optimizer's state is restored
+            let_scales_learn(network, quantized_network(network).quantizing)
+            self._rewrap(trainer, pl_module)
+        check_resolved_order(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The mode of the first step."""
+        """Give the network calibrated quantizers, after cuts and clusters of the first step."""
+        if not self._resumes:
+            self._prepare(trainer, pl_module)
+        network = self._network(pl_module)
+        self._calls = CallWatch(network)
+        self._bound += [
+            self._calls,
+            AverageWatch(trainer, lambda average: follow_in_average(pl_module, network, average)),
+        ]
         self._follow_plan(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep frozen batch norms in evaluation mode, which validation and epochs undo."""
-        if self._active_plan.batch_norm_frozen(self._now):
-            for module in self._network(pl_module).modules():
-                if isinstance(module, _BatchNorm):
-                    module.training = False
+        if not self._active_plan.batch_norm_frozen(self._now):
+            return
+        extra = num_extra_epochs(trainer)
+        if extra and trainer.current_epoch >= (trainer.max_epochs or 0) - extra:
+            self._frozen.release()  # SWA takes new statistics for its average
+        else:
+            self._frozen.hold(self._network(pl_module))
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
@@ -210,22 +255,39 @@ class QuantizationAwareTraining(pl.Callback):
         batch_idx: int,
     ) -> None:
         """The mode of the next step, before validation and checkpoints."""
+        if self._calls is not None:
+            self._calls.num_steps += 1
+        quantization = quantized_network(self._network(pl_module))
+        if quantization.observing:
+            agree_on_ranges(trainer, quantization)
         self._follow_plan(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if training does not reach what was quantized."""
+        if self._calls is not None and self._calls.was_missed:
+            name = self.network or "its network"
+            rank_zero_warn(
+                f"{type(self).__name__}: no training step of {type(pl_module).__name__} called the "
+                f"forward of {name}, so it trains in floating point. Call it in training_step, or "
+                "name the part that is called by network=."
+            )
+        if self._calls is not None:
+            self._calls.remove()
+            self._calls = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before weights had their bits."""
-        network = self._network(pl_module)
+        self._frozen.release()
+        network, plan, name = self._network(pl_module), self._active_plan, type(self).__name__
         if not quantized_network(network).quantizing:
             rank_zero_warn(
-                f"{type(self).__name__}: training ended before {self.unit} "
-                f"{self._active_plan.begin}, where rounding begins; the network was not trained "
-                "with integers. Train longer, or begin earlier."
+                f"{name}: training ended before {self.unit} {plan.begin}, where rounding begins; "
+                "the network was not trained with integers. Train longer, or begin earlier."
             )
-        elif self._active_plan.least_bits(self._now) > self._active_plan.last_bits:
+        elif plan.least_bits(self._now) > plan.last_bits:
             rank_zero_warn(
-                f"{type(self).__name__}: training ended with "
-                f"{self._active_plan.least_bits(self._now)} bits; {self._active_plan.last_bits} are "
-                f"reached at {self.unit} {self._active_plan.freeze_ranges}. Train longer."
+                f"{name}: training ended with {plan.least_bits(self._now)} bits; {plan.last_bits} "
+                f"are reached at {self.unit} {plan.bits_end}. Train longer."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -251,17 +313,31 @@ class QuantizationAwareTraining(pl.Callback):
 
     # --- Checkpoints ------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        return self._generate_state_key(network=self.network)
+
     def state_dict(self) -> dict[str, Any]:
         """When things happen, as plain data; scales are among the module's weights."""
         if self._plan is None:
             return self._restored or {}
-        return {"declared": self._declared, "plan": vars(self._plan)}
+        return {
+            "declared": self._declared,
+            "plan": dict(vars(self._plan)),
+            "learned": self._learns,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the fit begins."""
         self._restored = state_dict or None
 
     # --- Details ----------------------------------------------------------------------------------
+
+    def stage_span(self, resolved: bool) -> StageSpan | None:
+        """From where rounding begins to the end of the run."""
+        begin = self._active_plan.begin if resolved else self.begin
+        return StageSpan(begin, math.inf, self.unit)
 
     @property
     def _active_plan(self) -> QuantizationPlan:
@@ -281,34 +357,82 @@ class QuantizationAwareTraining(pl.Callback):
         original: nn.Module = getattr(network, "_orig_mod", network)
         return original
 
+    @property
+    def _learns(self) -> bool:
+        return self.scheme.weight_ranges == "learned"
+
+    def _refuse_shared_network(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = set(self._network(pl_module).modules())
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, QuantizationAwareTraining) and other is not self:
+                theirs = other._network(pl_module)
+                if theirs in own or self._network(pl_module) in set(theirs.modules()):
+                    raise MisconfigurationException(
+                        f"two {type(self).__name__} callbacks quantize the network "
+                        f"{self.network or other.network or type(theirs).__name__!r}; name "
+                        "disjoint networks by network=, or use layer_bits for layers of other bits."
+                    )
+
+    def _refuse_other_scales(self, state: dict[str, Any] | None) -> None:
+        if state is not None and state["learned"]:
+            raise MisconfigurationException(
+                f"the optimizer in the checkpoint trains scales that {type(self).__name__} learned "
+                f"under other arguments ({state['declared']}); these ones ({self._declared}) have "
+                "other scales. Resume under the same arguments, or begin a new run from the "
+                "weights: load_compressed(checkpoint, module), then fit without ckpt_path."
+            )
+
     def _resolved_plan(self, trainer: pl.Trainer) -> QuantizationPlan:
-        def at(moment: Moment | None) -> int | None:
-            if moment is None:
-                return None
-            return resolved_moment(trainer, moment, self.unit, type(self).__name__)
+        def at(name: str, moment: Moment) -> int:
+            return resolved_moment(trainer, moment, self.unit, type(self).__name__, name)
 
-        begin = at(self.begin)
-        assert begin is not None
-        least = min((self.scheme.weight_bits, *self.scheme.layer_bits.values()))
-        end = at(self.freeze_ranges)
-        if self.initial_weight_bits is not None and end is None:
-            end = at(1.0)
-        return QuantizationPlan(
-            begin, at(self.freeze_batch_norm), at(self.freeze_ranges), end or begin,
-            self.initial_weight_bits or least, least,
-        )  # fmt: skip
+        def maybe(name: str, moment: Moment | None) -> int | None:
+            return None if moment is None else at(name, moment)
 
-    def _prepare(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
-    ) -> None:
+        begin = at("begin", self.begin)
+        freeze_batch_norm = maybe("freeze_batch_norm", self.freeze_batch_norm)
+        freeze_ranges = maybe("freeze_ranges", self.freeze_ranges)
+        last = min((self.scheme.weight_bits, *self.scheme.layer_bits.values()))
+        first = last if self.initial_weight_bits is None else self.initial_weight_bits
+        end = begin
+        if first > last:
+            end = at("the end", 1.0) if freeze_ranges is None else freeze_ranges
+            if end <= begin:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: weights lose bits from begin ({self.unit} {begin}) to "
+                    f"freeze_ranges ({self.unit} {end}), which is not later. Begin earlier, freeze "
+                    "ranges later, or leave initial_weight_bits out."
+                )
+        return QuantizationPlan(begin, freeze_batch_norm, freeze_ranges, end, first, last)
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network = self._network(pl_module)
         if is_quantized(network):
             remove_quantization(network)  # of another stage, with other bits
-        sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
+        sample = self._sample(trainer, pl_module)
         scheme = self.scheme.with_per_tensor(clustered_weights(trainer, pl_module, network))
         quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
         rank_zero_info(f"{type(self).__name__}: {quantization.placement}")
+        quantization.least_weight_bits = self._active_plan.first_bits
+        self._now = current_moment(trainer, pl_module, self.unit)
+        self._calibrate(trainer, pl_module, sample)
+        quantization.set_mode(observing=False, quantizing=False)
+        train_scales(trainer, network)
+        let_scales_learn(network, False)
+
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainingSample:
+        network = self._network(pl_module)
+        return TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
+
+    def _calibrate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, sample: TrainingSample
+    ) -> None:
+        network = self._network(pl_module)
         calibrate(network, lambda net, batch: batch.run(net), sample.inputs, "moving_average")
-        self._set_bits(network, self._active_plan.first_bits)
+        agree_on_ranges(trainer, quantized_network(network), also_learned=True)
+        for average in quantizers_of_averages(trainer, pl_module, network):
+            average.load_state_dict(quantized_network(network).state_dict())
+        self._calibrated_at = self._now
 
     def _follow_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._now = now = current_moment(trainer, pl_module, self.unit)
@@ -316,33 +440,34 @@ class QuantizationAwareTraining(pl.Callback):
         quantization = quantized_network(network)
         before = (quantization.quantizing, quantization.least_weight_bits)
         if plan.least_bits(now) != quantization.least_weight_bits:
-            self._set_bits(network, plan.least_bits(now))
-        for part in self._and_averages(trainer, pl_module, network):
-            part.set_mode(observing=not plan.ranges_frozen(now), quantizing=plan.rounds(now))
+            quantization.least_weight_bits = plan.least_bits(now)
+            if self._learns:
+                fit_weights(network)  # the best range for fewer bits is a smaller one
+        begins = plan.rounds(now) and not quantization.quantizing
+        if begins and self._calibrated_at != now:
+            self._calibrate(trainer, pl_module, self._sample(trainer, pl_module))
+        for part in (quantization, *quantizers_of_averages(trainer, pl_module, network)):
             part.least_weight_bits = quantization.least_weight_bits
+            part.set_mode(observing=not plan.ranges_frozen(now), quantizing=plan.rounds(now))
+        if begins:
+            let_scales_learn(network, True)
+            self._rewrap(trainer, pl_module)
         after = (quantization.quantizing, quantization.least_weight_bits)
         if after != before or now == 0:
             values = {"quantization/quantizing": float(after[0])}
             values["quantization/weight_bits"] = float(after[1])
             tracking.log_metrics(trainer, values)
 
-    def _set_bits(self, network: nn.Module, bits: int) -> None:
-        quantization = quantized_network(network)
-        quantization.least_weight_bits = bits
-        if self.scheme.weight_ranges == "mse":
-            fit_weights(network)
-
-    def _and_averages(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
-    ) -> list[Quantization]:
-        name = next(name for name, module in pl_module.named_modules() if module is network)
-        parts = [network, *(a.get_submodule(name) for a in averaged_modules(trainer))]
-        return [quantized_network(part) for part in parts]
+    def _rewrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._learns:
+            rewrap(trainer, pl_module)
 
     def _let_go(self) -> None:
-        for wrapper in self._bound:
-            wrapper.remove()
+        self._frozen.release()
+        for removable in self._bound:
+            removable.remove()
         self._bound.clear()
+        self._calls = None
 
 
 def _check_initial_bits(initial: int | None, final: int) -> None:

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
-from lit_compress.callbacks._clustering_order import (
-    refuse_moving_masks,
-    refuse_pruning_after,
-)
+from lit_compress.callbacks._clustering_order import refuse_moving_masks
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
     refuse_sharded_strategy,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_moment
+from lit_compress.callbacks._stage_order import (
+    Stage,
+    StageSpan,
+    check_stage_order,
+    refuse_quantized_network,
+)
 from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
 from lit_compress.callbacks.magnitude_sparsity import Removable
 from lit_compress.compress.clustered_weights import ClusteredWeights, Clusters
@@ -88,6 +91,7 @@ class WeightClustering(pl.Callback):
     """
 
     changes_weights = True
+    compression_stage: Stage = "cluster"
 
     def __init__(
         self,
@@ -138,13 +142,15 @@ class WeightClustering(pl.Callback):
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
             self._restored = None  # evaluating a checkpoint leaves its state here
+            check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
-            refuse_pruning_after(trainer, self)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights, fix the moment, take over a checkpoint's clusters, bind the hooks."""
         self._unbind()
+        if self._restored is None:  # else the run that is resumed may quantize by now
+            refuse_quantized_network(pl_module, self)
         self.selection = select_weights(
             pl_module,
             layers=self.layers,
@@ -258,6 +264,11 @@ class WeightClustering(pl.Callback):
     def clusters(self) -> dict[str, Clusters]:
         """Centroids and indices of each clustered parameter, by name."""
         return {} if self._weights is None else dict(self._weights.clusters)
+
+    def stage_span(self, resolved: bool) -> StageSpan | None:
+        """The moment at which the weights are clustered."""
+        moment = self._begin_step if resolved else self.begin
+        return None if moment is None else StageSpan(moment, moment)
 
     @property
     def _active_weights(self) -> ClusteredWeights:

@@ -1,4 +1,4 @@
-"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark|analyze``.
+"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark|export|analyze``.
 
 :func:`main` only chooses the command; the commands import what they need themselves, so that
 ``--help`` answers at once.
@@ -20,7 +20,8 @@ COMMANDS = {
     "test": "Evaluate a model on the test data.",
     "predict": "Run a model over the prediction data.",
     "report": "Measure a checkpoint: sparsity, parameters, bytes; against a dense one if given.",
-    "benchmark": "Time the model of a checkpoint beside the dense one.",
+    "benchmark": "Time the model of a checkpoint beside the dense one, or exported files.",
+    "export": "Write a model for a runtime, run the file there and compare it with torch.",
     "analyze": "Cut each channel group alone, evaluate, and derive a plan.",
 }
 
@@ -81,6 +82,10 @@ def _load(command: str) -> Callable[[list[str]], object]:
         from lit_compress.cli.inspection import benchmark
 
         return benchmark
+    if command == "export":
+        from lit_compress.cli.export import export
+
+        return export
     if command == "analyze":
         from lit_compress.cli.analyze import analyze
 

@@ -1,4 +1,4 @@
-"""``lit-compress report`` and ``lit-compress benchmark``: a checkpoint's content and its speed."""
+"""``lit-compress report`` and ``lit-compress benchmark``: what a file holds, and its speed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
 from torch import nn
 
+from lit_compress.cli.file_benchmark import are_exported, benchmark_exported
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.stored_weights import StoredWeights
 from lit_compress.cli.subject import Subject, find_subject
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, read_weights
+from lit_compress.deploy import use_sparse_kernels
 from lit_compress.measure import (
     CompressionReport,
     ExampleInputs,
@@ -35,7 +38,7 @@ from lit_compress.measure.table import (
     shown,
 )
 
-__all__ = ["benchmark", "numbers", "report"]
+__all__ = ["benchmark", "fill", "numbers", "report"]
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 
@@ -88,7 +91,7 @@ def report(args: Sequence[str]) -> None:
 
 
 def benchmark(args: Sequence[str]) -> None:
-    """Time the model of a checkpoint and the dense one in turns.
+    """Time the model of a checkpoint and the dense one in turns; or exported files.
 
     Args:
         args: The command's arguments; see ``lit-compress benchmark --help``.
@@ -98,13 +101,27 @@ def benchmark(args: Sequence[str]) -> None:
         ValueError: If a file is damaged or does not fit the model, or the model or its input is
             not known.
     """
-    parser = _parser("benchmark", "Time the model of a checkpoint beside the dense one.")
+    parser = _parser(
+        "benchmark",
+        "Time the model of a checkpoint beside the dense one in torch, or exported files beside "
+        "each other on their runtimes.",
+        several=True,
+    )
     parser.add_argument("--threads", type=str, default="1", help="Numbers of threads, as in 1,2.")
     parser.add_argument("--batch_sizes", "--batch-sizes", type=str, default="1", help="As in 1,8.")
-    parser.add_argument("--repeats", type=int, default=30, help="Pairs of calls timed for each.")
+    parser.add_argument("--repeats", type=int, default=30, help="Calls timed for each.")
+    parser.add_argument("--plot", type=str | None, help="Draw into this PNG (exported files).")
+    parser.add_argument("--wandb", type=str | None, help="Log to this W&B project (likewise).")
+    parser.add_argument("--sparse_kernels", "--sparse-kernels", action="store_true",
+        help="Run sparse 1x1 convolutions of the checkpoint as CSR products.")  # fmt: skip
     options = parser.parse_args(list(args))
     threads = numbers(options.threads, "--threads")
     batch_sizes = numbers(options.batch_sizes, "--batch-sizes")
+    if are_exported(options.checkpoint):
+        known = options.config or options.input_shape
+        benchmark_exported(options, threads, batch_sizes, _of_files(options) if known else None)
+        return
+    (options.checkpoint,) = options.checkpoint
     subject = _prepare(options)
     if subject is None:
         raise ValueError(
@@ -119,12 +136,16 @@ def benchmark(args: Sequence[str]) -> None:
         )
     dense = copy.deepcopy(subject.network)
     if options.baseline is not None:
-        _fill(dense, options.baseline)
-    _fill(subject.network, options.checkpoint)
+        fill(dense, options.baseline)
+    fill(subject.network, options.checkpoint)
+    network = subject.network
+    if options.sparse_kernels:
+        network, replaced = use_sparse_kernels(network)
+        print(f"CSR products in {len(replaced)} layers: {', '.join(replaced) or 'none is sparse'}\n")
     comparisons = [
         compare_latency(
             dense,
-            subject.network,
+            network,
             with_batch_size(inputs, batch_size),
             repeats=options.repeats,
             num_threads=num_threads,
@@ -140,13 +161,21 @@ def benchmark(args: Sequence[str]) -> None:
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-def _parser(command: str, description: str) -> CommandParser:
+def _parser(command: str, description: str, several: bool = False) -> CommandParser:
+    what = "CHECKPOINT | FILE..." if several else "CHECKPOINT"
     parser = CommandParser(
         prog=f"lit-compress {command}",
         description=description,
-        usage=f"lit-compress {command} CHECKPOINT [options]",
+        usage=f"lit-compress {command} {what} [options]",
     )
-    parser.add_argument("checkpoint", type=str, help="A Lightning checkpoint or a state dict.")
+    said = "A Lightning checkpoint or a state dict"
+    if several:
+        parser.add_argument(
+            "checkpoint", nargs="+", type=str, help=f"{said}; or exported files, the first of "
+            "which the others are compared with.",
+        )  # fmt: skip
+    else:
+        parser.add_argument("checkpoint", type=str, help=f"{said}.")
     parser.add_argument("--baseline", type=str | None, help="The dense model's checkpoint.")
     parser.add_argument(
         "-c",
@@ -168,6 +197,16 @@ def _prepare(options: Namespace) -> Subject | None:
         os.environ["LIT_COMPRESS_ASSETS"] = options.assets
     shape = options.input_shape and numbers(options.input_shape, "--input-shape")
     return find_subject(options.checkpoint, options.config or (), shape)
+
+
+def _of_files(options: Namespace) -> Subject | None:
+    """What configurations or a shape say of the input of exported files."""
+    if options.assets is not None:
+        os.environ["LIT_COMPRESS_ASSETS"] = options.assets
+    shape = options.input_shape and numbers(options.input_shape, "--input-shape")
+    if options.config:
+        return find_subject(None, options.config, shape)
+    return Subject(LightningModule(), None, shape)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
@@ -197,12 +236,18 @@ def _measures(
 ) -> ModelMeasures:
     if subject is None:
         return measure_model(StoredWeights(read_weights(path)), name=name)
-    _fill(subject.network, path)
+    fill(subject.network, path)
     metrics = subject.validate() if validate else None
     return measure_model(subject.network, inputs, name=name, metrics=metrics)
 
 
-def _fill(network: nn.Module, path: str) -> None:
+def fill(network: nn.Module, path: str) -> None:
+    """Give a network the weights, cuts and quantizers of a checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or does not fit the network.
+    """
     mend = "Give the configuration of the run that wrote them, as --config FILE."
     load_checkpoint(network, read_checkpoint(path), path, mend)
 

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import instantiate_module
 from torch import nn
 
-from lit_compress.callbacks._network_calls import NetworkCall, NetworkCalls, find_network
+from lit_compress.callbacks._network_calls import NetworkCalls, find_network
 from lit_compress.cli.training import NAMED_CALLBACKS, CompressionCLI
 from lit_compress.compress.weight_files import read_checkpoint
 from lit_compress.measure import ExampleInputs
@@ -49,9 +49,9 @@ class Subject:
         """One example: of the shape given, of the data, or the module's own; or ``None``."""
         if self.input_shape is not None:
             return torch.randn(1, *self.input_shape, generator=torch.Generator().manual_seed(0))
-        seen = None if self.data is None else self._first_call()
-        if seen is not None and not (seen.args and seen.kwargs):
-            return with_batch_size(seen.kwargs or seen.args, 1)
+        seen = self.real_inputs(1)
+        if seen:
+            return with_batch_size(seen[0], 1)
         example: ExampleInputs | None = self.module.example_input_array
         return example
 
@@ -59,16 +59,19 @@ class Subject:
         """What validation logs over all of the data."""
         return self._validate(limit_val_batches=1.0)
 
-    def _first_call(self) -> NetworkCall | None:
-        """How one validation batch calls the network."""
+    def real_inputs(self, num_batches: int) -> list[ExampleInputs]:
+        """What the first validation batches call the network with; empty where there is no data."""
+        if self.data is None:
+            return []
         calls = NetworkCalls(self.network, requires_grad=False)
         calls.install()
         try:
             with calls.recording():
-                self._validate(limit_val_batches=1)
-            return next(iter(calls.take()), None)
+                self._validate(limit_val_batches=num_batches)
+            taken = calls.take()
         finally:
             calls.remove()
+        return [call.kwargs or call.args for call in taken if not (call.args and call.kwargs)]
 
     def _validate(self, limit_val_batches: int | float) -> Mapping[str, float]:
         with quiet():

@@ -17,6 +17,8 @@ from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.cli import COMMANDS
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.compress.weight_files import read_checkpoint
@@ -24,12 +26,14 @@ from lit_compress.compress.weight_files import read_checkpoint
 __all__ = ["NAMED_CALLBACKS", "CompressionCLI"]
 
 # In the order in which they stand in the Trainer: what watches the network comes before what
-# changes its weights, and what removes weights before what sets them to zero. The user's own
-# callbacks come between them and the summary.
+# changes its weights, then what removes weights, sets them to zero, makes them equal and rounds
+# them. The user's own callbacks come between them and the summary.
 NAMED_CALLBACKS: dict[str, type[Callback]] = {
     "distillation": Distillation,
     "pruning": ChannelPruning,
     "sparsity": MagnitudeSparsity,
+    "clustering": WeightClustering,
+    "quantization": QuantizationAwareTraining,
     "summary": CompressionSummary,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.layers import plain_name
+from lit_compress.compress.quantization.linear_kernels import torchao_weights_readable
 from lit_compress.compress.quantization.stored import belongs_to_quantizers, take_quantization
 from lit_compress.compress.structure import record_of, replay, values_after
 from lit_compress.compress.structure_record import StructureRecord, Value
@@ -33,15 +35,18 @@ def read_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ModuleNotFoundError: If it holds weights on kernels of torchao, and that is missing.
         ValueError: If the file is truncated, not from torch, or holds no weights.
     """
     name = os.fspath(path)
     try:
-        content = (load or _load)(path)
+        content = _opened(path, load or _load)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"There is no file {name!r}; give the path of a checkpoint or of a state dict."
         ) from error
+    except ModuleNotFoundError:  # it says what to install
+        raise
     except Exception as error:  # torch answers broken files with errors of many types
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "no reason given"
         raise ValueError(
@@ -150,6 +155,16 @@ def structure_for(
         if isinstance(given.get(prefix + name), Tensor)
     )
     return present if fits else StructureRecord()
+
+
+def _opened(path: FilePath, load: Callable[[FilePath], Any]) -> Any:
+    try:
+        return load(path)
+    except pickle.UnpicklingError as error:
+        if "torchao" not in str(error):
+            raise
+    with torchao_weights_readable():
+        return load(path)
 
 
 def _load(path: FilePath) -> Any:

@@ -53,7 +53,7 @@ def _draw(result: BenchmarkResult, batch_size: int, axes: Any) -> None:
         )
         axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(result.files) - 0.5, -0.5)
     axes.margins(x=0.15)
     axes.set_xlabel("ms a call; bars: medians, lines: quartiles")
     axes.set_title(f"batch {batch_size}", fontsize=10)

@@ -30,9 +30,8 @@ class ExecutorchRoute(Route):
     suffix = ".pte"
     extra = "executorch"
     spelling = Spelling(signed_activations=True)
-    dynamic_batch = False
 
-    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> bool:
+    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
         with needs_extra(self.extra, "ExecuTorch programs"):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
@@ -47,7 +46,6 @@ class ExecutorchRoute(Route):
             warnings.simplefilter("ignore")
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             path.write_bytes(lowered.to_executorch().buffer)
-        return False
 
     def recognizes(self, head: bytes) -> bool:
         """See `Route.recognizes`; the format's name stands behind four bytes."""

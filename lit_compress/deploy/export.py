@@ -124,10 +124,11 @@ def export(
             else reference  # fmt: skip
         with _temporary(path) as temporary:
             start = time.perf_counter()
-            any_batch = _write(written, route, target, temporary, example_inputs, integers)
+            _write(written, route, target, temporary, flat_inputs(example_inputs), integers)
             seconds = time.perf_counter() - start
-            size = None if any_batch else infer_batch_size(example_inputs)
-            parity = _parity(reference, temporary, batches, size, num_threads)
+            with load_file(temporary, num_threads) as loaded:
+                size = loaded.batch_size
+                parity = compare(_pairs(reference, loaded, _resized(batches, size)))
             (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
             os.replace(temporary, path)
     data = path.read_bytes()
@@ -184,18 +185,10 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _write(
-    call: FlatCall,
-    route: Route,
-    target: Target,
-    path: Path,
-    example_inputs: ExampleInputs,
-    integers: bool,
-) -> bool:
-    if route.dynamic_batch:
-        # torch.export takes a batch of one for a constant.
-        example_inputs = with_batch_size(example_inputs, max(2, infer_batch_size(example_inputs)))
+    call: FlatCall, route: Route, target: Target, path: Path, inputs: Tensors, integers: bool
+) -> None:
     try:
-        return route.export(call.eval(), flat_inputs(example_inputs), path, integers=integers)
+        route.export(call.eval(), inputs, path, integers=integers)
     except MissingExtra:
         raise
     except Exception as error:  # each exporter has errors of its own
@@ -214,23 +207,12 @@ def _network_of(call: FlatCall) -> nn.Module:
     return network
 
 
-def _parity(
-    reference: FlatCall,
-    path: Path,
-    batches: Sequence[ExampleInputs],
-    batch_size: int | None,
-    num_threads: int,
-) -> Parity:
-    with load_file(path, num_threads) as runner:
-        return compare(_pairs(reference, runner, _resized(batches, batch_size)))
-
-
 def _pairs(
-    reference: FlatCall, runner: LoadedFile, batches: Iterator[Tensors]
+    reference: FlatCall, loaded: LoadedFile, batches: Iterator[Tensors]
 ) -> Iterator[tuple[Tensors, Tensors]]:
     for batch in batches:
         # Runtimes and modules may write to their inputs.
-        yield reference(*(t.clone() for t in batch)), runner(batch)
+        yield reference(*(t.clone() for t in batch)), loaded(batch)
 
 
 def _resized(batches: Sequence[ExampleInputs], batch_size: int | None) -> Iterator[Tensors]:

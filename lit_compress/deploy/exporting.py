@@ -8,41 +8,55 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from lit_compress.deploy.route import Tensors
 
-__all__ = ["exported_program", "takes_any_batch"]
+__all__ = ["exported_program", "program_for_any_batch"]
 
 
-def exported_program(
-    module: nn.Module, inputs: Tensors, *, dynamic_batch: bool = False
-) -> ExportedProgram:
-    """The graph of a module that maps tensors to tensors.
+def exported_program(module: nn.Module, inputs: Tensors) -> ExportedProgram:
+    """The graph of a module, for inputs of these shapes.
 
     Args:
         module: Takes the inputs as separate arguments.
         inputs: One batch.
-        dynamic_batch: Leave the first dimension free in every tensor where it is as long as that
-            of the first tensor, as far as the module itself does not fix it.
     """
-    shapes: Any = None
-    if dynamic_batch:
-        batch = inputs[0].shape[0] if inputs[0].dim() else None
-        shapes = (
-            tuple(
-                {0: Dim.AUTO} if t.dim() and t.shape[0] == batch else None for t in inputs
-            ),
-        )  # fmt: skip
+    return _export(module, inputs, None)
+
+
+def program_for_any_batch(module: nn.Module, inputs: Tensors) -> ExportedProgram:
+    """The graph of a module for batches of any size, or of this one where the module fixes it.
+
+    Args:
+        module: Takes the inputs as separate arguments.
+        inputs: One batch. The batch is the first dimension of the first tensor, and of all that
+            are as long there.
+    """
+    if inputs[0].dim() == 0:
+        return exported_program(module, inputs)
+    batch = inputs[0].shape[0]
+    in_batch = [tensor.dim() > 0 and tensor.shape[0] == batch for tensor in inputs]
+    # torch.export takes a batch of one for a constant.
+    several = inputs if batch > 1 else tuple(
+        torch.cat([t, t]) if batched else t for t, batched in zip(inputs, in_batch, strict=True)
+    )  # fmt: skip
+    shapes = (tuple({0: Dim.AUTO} if batched else None for batched in in_batch),)
+    try:
+        program = _export(module, several, shapes)
+    except Exception:  # whatever it is: it comes again where it is not the batch
+        return exported_program(module, inputs)
+    return program if _takes_any_batch(program) else exported_program(module, inputs)
+
+
+def _export(module: nn.Module, inputs: Tensors, dynamic_shapes: Any) -> ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def takes_any_batch(program: ExportedProgram) -> bool:
+def _takes_any_batch(program: ExportedProgram) -> bool:
     """Whether the first dimension of the first input was left free."""
-    names = set(program.graph_signature.user_inputs)
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in names:
-            shape = node.meta["val"].shape
-            return bool(len(shape)) and isinstance(shape[0], torch.SymInt)
-    return False
+    first = program.graph_signature.user_inputs[0]
+    node = next(n for n in program.graph.nodes if n.name == first)
+    return not is_concrete_int(node.meta["val"].shape[0])

@@ -25,9 +25,8 @@ class InductorRoute(Route):
     suffix = ".pt2"
     extra = None
     spelling = Spelling()
-    dynamic_batch = False
 
-    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> bool:
+    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
         from torch import _inductor
 
@@ -41,7 +40,6 @@ class InductorRoute(Route):
                     "aot_inductor.metadata": {_SHAPES: json.dumps([list(x.shape) for x in inputs])},
                 },
             )
-        return False
 
     def recognizes(self, head: bytes) -> bool:
         """See `Route.recognizes`; a package is a zip archive."""

@@ -30,9 +30,8 @@ class LitertRoute(Route):
     suffix = ".tflite"
     extra = "litert"
     spelling = Spelling(signed_activations=True, weights_in_graph=True, quantized_outputs=True)
-    dynamic_batch = False
 
-    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> bool:
+    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
         with needs_extra(self.extra, "LiteRT files"), _quiet():
             import litert_torch
@@ -46,7 +45,6 @@ class LitertRoute(Route):
         with _quiet(), torch.no_grad():
             model = litert_torch.convert(call, inputs, quant_config=config)
             model.export(str(path))
-        return False
 
     def recognizes(self, head: bytes) -> bool:
         """See `Route.recognizes`; the format's name stands behind four bytes."""

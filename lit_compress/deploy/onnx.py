@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_compress.compress.quantization.integers import Spelling
-from lit_compress.deploy.exporting import exported_program, takes_any_batch
+from lit_compress.deploy.exporting import program_for_any_batch
 from lit_compress.deploy.flat_call import FlatCall
 from lit_compress.deploy.route import Route, Runner, Tensors, needs_extra
 
@@ -30,26 +30,27 @@ class OnnxRoute(Route):
     suffix = ".onnx"
     extra = "onnx"
     spelling = Spelling(integer_bias=True)
-    dynamic_batch = True
 
-    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> bool:
+    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
         with needs_extra(self.extra, "ONNX files"):
-            import onnx  # noqa: F401
+            import onnx
             import onnxscript  # noqa: F401
-        program = exported_program(call, inputs, dynamic_batch=True)
+        program = program_for_any_batch(call, inputs)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            exported = torch.onnx.export(
                 program,
                 inputs,
-                path,
                 dynamo=True,
                 input_names=list(call.input_names),
                 external_data=False,
                 verbose=False,
             )
-        return takes_any_batch(program)
+        assert exported is not None
+        model = exported.model_proto
+        _drop_provenance(model.graph)
+        onnx.save(model, str(path))
 
     def recognizes(self, head: bytes) -> bool:
         """See `Route.recognizes`; a model begins with the tag of its ``ir_version``."""
@@ -86,6 +87,14 @@ class _OrtRunner(Runner):
 
     def close(self) -> None:
         self._loaded = None
+
+
+def _drop_provenance(graph: Any) -> None:
+    """Where each operator came from in Python: of a small network more than half of the file."""
+    del graph.value_info[:]
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def fused_operators(path: Path | str) -> dict[str, int]:

@@ -63,26 +63,21 @@ class Route(ABC):
         suffix: How names of its files end, as in ``".onnx"``.
         extra: The extra that installs the runtime; ``None`` where torch is all it needs.
         spelling: How a quantized network is written for it.
-        dynamic_batch: Whether a file takes batches of any size, unless the network itself fixes it.
     """
 
     suffix: str
     extra: str | None
     spelling: Spelling
-    dynamic_batch: bool
 
     @abstractmethod
-    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> bool:
+    def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """Write a file.
 
         Args:
             call: The network in evaluation mode, on the CPU.
-            inputs: One batch; of at least two examples where ``dynamic_batch``.
+            inputs: One batch.
             path: The file, whose name ends in ``suffix``.
             integers: Whether the network is one of integers, in this route's spelling.
-
-        Returns:
-            Whether the file takes batches of any size.
 
         Raises:
             MissingExtra: If the runtime's packages are not installed.

@@ -82,7 +82,8 @@ def test_every_layer_becomes_an_integer_kernel(tmp_path):
     need("onnx")
     from lit_compress.deploy.onnx import fused_operators
 
-    done = export(quantized_net(), "ort-int8", tmp_path / "net", images())
+    done = export(quantized_net(), "ort-int8", tmp_path / "net", images(1))
+    assert done.batch_size is None
     kernels = fused_operators(done.path)
     assert kernels["QLinearConv"] == 3
     assert kernels.get("QGemm", 0) + kernels.get("QLinearMatMul", 0) == 1
@@ -110,15 +111,16 @@ def test_nested_arguments_and_results(tmp_path):
     assert torch.allclose(total, expected["all"][1], rtol=1e-4)
 
 
-def test_a_network_that_fixes_its_batch_says_so(tmp_path):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_network_that_fixes_its_batch_says_so(batch, tmp_path):
     need("onnx")
 
     class Fixed(nn.Module):
         def forward(self, x):
-            return x + torch.arange(2.0).reshape(2, 1, 1, 1)
+            return x.reshape(batch, 3, 12, 12) + 1
 
-    done = export(Fixed(), "onnx", tmp_path / "net", images(2))
-    assert done.batch_size == 2
+    done = export(Fixed(), "onnx", tmp_path / "net", images(batch))
+    assert done.batch_size == batch
 
 
 def test_float_networks_do_not_go_into_an_integer_file(tmp_path):

@@ -6,6 +6,7 @@ no export: modules, hooks, training mode, mixed precision and control flow work 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,11 +26,11 @@ Handle: TypeAlias = Callable[[str, str, Callable[..., Any], tuple[Any, ...], dic
 """``(name, op, function, args, kwargs) -> result`` of one call."""
 
 # They return no values that are computed with, or are asked for by torch itself.
-_NOT_COMPUTED = frozenset(
-    "size dim numel shape stride storage_offset data_ptr is_contiguous is_floating_point is_complex "
-    "requires_grad set item tolist len bool int repr hash format element_size "
-    "has_names register_hook retain_grad".split()
-)
+_NOT_COMPUTED = frozenset([
+    "size", "dim", "numel", "shape", "stride", "storage_offset", "data_ptr", "is_contiguous",
+    "is_floating_point", "is_complex", "requires_grad", "set", "item", "tolist", "len", "bool",
+    "int", "repr", "hash", "format", "element_size", "has_names", "register_hook", "retain_grad",
+])  # fmt: skip
 _ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "concat": "cat",
             "concatenate": "cat", "hardtanh_": "hardtanh", "multiply": "mul"}  # fmt: skip
 
@@ -46,6 +47,8 @@ class Call:
             out.
         weight: Name of the layer's weight, if it is a parameter of the network.
         bias: Name of the layer's bias, if it is one.
+        computes_bias: Whether the layer has a bias that is no parameter.
+        dims: Number of dimensions of the (first) result.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Call:
     inputs: tuple[str | None, ...] = ()
     weight: str | None = None
     bias: str | None = None
+    computes_bias: bool = False
+    dims: int = 0
 
     @property
     def module(self) -> str:
@@ -67,10 +72,12 @@ class Trace:
     Attributes:
         calls: By name, in order.
         outputs: Names of what the network returned.
+        readers: Names of the calls that take a parameter, by the parameter's name.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
+    readers: dict[str, list[str]] = field(default_factory=dict)
 
     def users(self) -> dict[str, list[str]]:
         """Which calls take the result of a call (or an input), by name."""
@@ -82,9 +89,10 @@ class Trace:
         return users
 
 
-LAYER_OPS = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear".split()
-)
+LAYER_OPS = frozenset([
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "linear",
+])  # fmt: skip
 """Operators with a weight that can be quantized: ``(input, weight, bias, ...)``."""
 
 
@@ -94,12 +102,15 @@ def input_name(index: int) -> str:
 
 
 @contextmanager
-def seen_calls(network: nn.Module, handle: Handle) -> Iterator[None]:
-    """Inside, each call of a torch function within the network's forward goes through ``handle``.
+def seen_calls(network: nn.Module, handle: Handle) -> Iterator[dict[str, int]]:
+    """Inside, each call of a torch function in this thread goes through ``handle``.
 
     Args:
-        network: The network, about to run once.
+        network: The network whose forward runs inside, once.
         handle: What is done in place of each call that computes something.
+
+    Yields:
+        How often each operator was called in each module so far, by ``"module.path:op"``.
     """
     mode = _CallMode(network, handle)
     hooks = [
@@ -108,7 +119,7 @@ def seen_calls(network: nn.Module, handle: Handle) -> Iterator[None]:
     ]
     try:
         with mode:
-            yield
+            yield mode.counts
     finally:
         for hook in hooks:
             hook.remove()
@@ -125,22 +136,38 @@ def record_calls(network: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
         ValueError: If the network's forward was not run.
     """
     recorder = _Recorder(network)
-    hooks = [
-        network.register_forward_pre_hook(recorder.begin, with_kwargs=True, prepend=True),
-        network.register_forward_hook(recorder.end, with_kwargs=True),
-    ]
-    try:
-        with torch.no_grad(), evaluation_mode(network), seen_calls(network, recorder.handle):
-            run(network)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), evaluation_mode(network), _recorded_by(recorder, network):
+        run(network)
     if not recorder.calls:
         raise ValueError(
             f"running {type(network).__name__} called no torch function inside of it; the function "
             "that runs it must call the network itself, as in lambda network: network(inputs)."
         )
-    return Trace(recorder.calls, frozenset(recorder.outputs))
+    return Trace(recorder.calls, frozenset(recorder.outputs), recorder.readers)
+
+
+@contextmanager
+def _recorded_by(recorder: _Recorder, network: nn.Module) -> Iterator[None]:
+    """Inside, the network's first forward is recorded, and nothing that happens around it."""
+    forward, own = network.forward, vars(network).get("forward")
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        if recorder.calls:
+            return forward(*args, **kwargs)
+        recorder.begin(args, kwargs)
+        with seen_calls(network, recorder.handle):
+            result = forward(*args, **kwargs)
+        recorder.end(result)
+        return result
+
+    network.forward = recorded
+    try:
+        yield
+    finally:
+        if own is None:
+            del network.forward
+        else:
+            network.forward = own
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -154,15 +181,20 @@ class _CallMode(TorchFunctionMode):
         self._handle = handle
         self._paths = {id(module): name for name, module in network.named_modules()}
         self._stack = [""]
-        self._counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
+        self._thread = threading.get_ident()
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if id(module) in self._paths:
+        if self._is_inside(module):
             self._stack.append(self._paths[id(module)])
 
     def leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        if id(module) in self._paths:
+        if self._is_inside(module):
             self._stack.pop()
+
+    def _is_inside(self, module: nn.Module) -> bool:
+        # Hooks on all modules are called in all threads, function modes in their own.
+        return id(module) in self._paths and threading.get_ident() == self._thread
 
     def __torch_function__(
         self,
@@ -176,27 +208,28 @@ class _CallMode(TorchFunctionMode):
         if not op or op in _NOT_COMPUTED:
             return func(*args, **(kwargs or {}))
         kind = f"{self._stack[-1]}:{op}"
-        count = self._counts.get(kind, 0)
-        self._counts[kind] = count + 1
+        count = self.counts.get(kind, 0)
+        self.counts[kind] = count + 1
         return self._handle(f"{kind}:{count}", op, func, args, kwargs or {})
 
 
 class _Recorder:
     def __init__(self, network: nn.Module) -> None:
-        named = (*network.named_parameters(remove_duplicate=False), *network.named_buffers())
-        self._stored: dict[int, str] = {}
-        for name, value in named:
-            self._stored.setdefault(id(value), name)
+        self._parameters: dict[int, str] = {}
+        for name, value in network.named_parameters(remove_duplicate=False):
+            self._parameters.setdefault(id(value), name)
+        self._stored = {*self._parameters, *map(id, network.buffers())}
         self._from: dict[int, str] = {}
         self._alive: list[Tensor] = []  # an id says something as long as its tensor lives
         self.calls: dict[str, Call] = {}
         self.outputs: set[str] = set()
+        self.readers: dict[str, list[str]] = {}
 
-    def begin(self, network: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin(self, args: Any, kwargs: Any) -> None:
         for index, value in enumerate(tensors_in(args, kwargs)):
             self._note(value, input_name(index))
 
-    def end(self, network: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    def end(self, result: Any) -> None:
         self.outputs |= {self._from[id(t)] for t in tensors_in(result) if id(t) in self._from}
 
     def handle(
@@ -208,20 +241,27 @@ class _Recorder:
         kwargs: dict[str, Any],
     ) -> Any:
         weight = bias = None
+        computes_bias = False
         given = tensors_in(args, kwargs)
+        read = dict.fromkeys(self._parameters.get(id(value)) for value in given)
         if op in LAYER_OPS:
-            _, weight_value, bias_value = layer_arguments(args, kwargs)
-            weight = self._stored.get(id(weight_value))
-            bias = None if bias_value is None else self._stored.get(id(bias_value))
-            given = given[:1]
+            value, weight_value, bias_value = layer_arguments(args, kwargs)
+            weight = self._parameters.get(id(weight_value))
+            bias = self._parameters.get(id(bias_value))
+            computes_bias = bias is None and bias_value is not None
+            given = [value]
         inputs = tuple(self._from.get(id(value)) for value in given)
         result = func(*args, **kwargs)
         results = tensors_in(result)
         if results:
-            self.calls[name] = Call(name, op, inputs, weight, bias)
-            for value in results:
-                if id(value) not in self._stored:
-                    self._note(value, name)
+            dims = results[0].dim()
+            self.calls[name] = Call(name, op, inputs, weight, bias, computes_bias, dims)
+            made = [value for value in results if id(value) not in self._stored]
+            for value in made:
+                self._note(value, name)
+            for parameter in read if made else ():
+                if parameter is not None:
+                    self.readers.setdefault(parameter, []).append(name)
         return result
 
     def _note(self, value: Tensor, name: str) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "FixedPointTensor",
     "apply_fixed_point",
     "quantize_fixed_point",
+    "remove_fixed_point",
 ]
 
 Hook: TypeAlias = Callable[[nn.Module, Any, Any], Any]
@@ -131,6 +132,21 @@ def apply_fixed_point(network: nn.Module, record: FixedPointRecord) -> FixedPoin
         layers[name].register_forward_hook(_RoundOutputs(grid)) for name, grid in grids.items()
     ]
     return FixedPointRounding(record, handles)
+
+
+def remove_fixed_point(network: nn.Module, record: FixedPointRecord) -> None:
+    """Stop rounding the activations of a network; parameters and statistics stay as they are.
+
+    Args:
+        network: From :func:`quantize_fixed_point` or :func:`apply_fixed_point`, or a copy of it,
+            which no :class:`FixedPointRounding` knows.
+        record: What is rounded.
+    """
+    for tensor in record.tensors:
+        if tensor.kind == "activation":
+            hooks = network.get_submodule(tensor.name)._forward_hooks
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _RoundOutputs)]:
+                del hooks[key]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-__all__ = ["HalfPrecision", "apply_half", "to_half"]
+__all__ = ["HalfPrecision", "apply_half", "remove_half", "to_half"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 T = TypeVar("T")
@@ -132,6 +132,24 @@ def apply_half(network: nn.Module, record: HalfPrecision) -> None:
                 tensor.data = tensor.data.to(own)
     network.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
     network.register_forward_hook(_CastOutputs())
+
+
+def remove_half(network: nn.Module, record: HalfPrecision) -> None:
+    """Make a network of half precision one of float32; its values stay rounded.
+
+    Args:
+        network: From :func:`to_half` or :func:`apply_half`, in place.
+        record: The record of that.
+    """
+    for hooks in (network._forward_pre_hooks, network._forward_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(hook, _CastInputs | _CastOutputs)]:
+            del hooks[key]
+            network._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in network.modules():
+        for _, tensor in _own_tensors(module):
+            if tensor.dtype == _DTYPES[record.dtype]:
+                tensor.grad = None
+                tensor.data = tensor.data.float()
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 (registers quantized_decomposed)
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from lit_compress.compress.quantization.affine import Grid, dequantize, quantize
+from lit_compress.compress.quantization.affine import Grid, dequantize
 from lit_compress.compress.quantization.calls import (
     input_name,
     layer_arguments,
     seen_calls,
     with_layer_arguments,
+)
+from lit_compress.compress.quantization.integer_layers import (
+    IntegerLayer,
+    integer_layers,
+    with_integer_bias,
 )
 from lit_compress.compress.quantization.network import (
     Quantization,
@@ -51,73 +55,6 @@ class Spelling:
     quantized_outputs: bool = False
 
 
-@dataclass(frozen=True)
-class IntegerLayer:
-    """The weight and bias of one call of a layer, with its batch norm in them.
-
-    Attributes:
-        values: int8, of the shape of the weight.
-        scale: float32, ``[channels]``.
-        axis: Dimension of the weight along which scales differ.
-        grid: The integers.
-        bias: float32, ``[channels]``; ``None`` where there is none.
-    """
-
-    values: Tensor
-    scale: Tensor
-    axis: int
-    grid: Grid
-    bias: Tensor | None
-
-    @property
-    def weight(self) -> Tensor:
-        """The real numbers for which the integers stand (float32)."""
-        return dequantize(self.values, self.scale, torch.zeros_like(self.scale), self.axis)
-
-
-@torch.no_grad()
-def integer_layers(network: nn.Module) -> dict[str, IntegerLayer]:
-    """The layers of a quantized network as integers, batch norms folded into scales and biases.
-
-    A symmetric grid a channel makes this exact: a batch norm multiplies the channel's scale, and
-    the sign of its factor goes to the integers (Jacob et al. 2018, section 3.2, fold weights before
-    they are rounded; here both orders are the same).
-
-    Args:
-        network: From :func:`~lit_compress.compress.quantization.network.prepare`, calibrated or
-            trained.
-
-    Returns:
-        By name of the call.
-
-    Raises:
-        ValueError: If the network is not quantized.
-    """
-    quantization = quantized_network(network)
-    placement = quantization.placement
-    norm_of = {call: norm.partition(":")[0] for norm, call in placement.batch_norms.items()}
-    layers = {}
-    for call, name in placement.weights.items():
-        quantizer = quantization.weight(name)
-        weight = network.get_parameter(name).detach().float()
-        if quantizer.ranges == "minmax":
-            quantizer.follow(weight)
-        axis = 1 if call.partition(":")[2].startswith("conv_transpose") else 0
-        zero = torch.zeros_like(quantizer.scale)
-        values = quantize(weight, quantizer.scale, zero, quantizer.grid, quantizer.axis)
-        bias_name = placement.biases.get(call)
-        bias = None if bias_name is None else network.get_parameter(bias_name).detach().float()
-        scale = quantizer.scale.detach().expand(weight.shape[axis]).clone()
-        if call in norm_of:
-            factor, bias = _folded(network.get_submodule(norm_of[call]), bias)
-            values = values * torch.sign(factor).int().reshape(-1, *[1] * (weight.dim() - 1))
-            scale = scale * factor.abs()
-            scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, 1.0)
-            # A factor of zero took the sign, and with it the integers, to zero.
-        layers[call] = IntegerLayer(values.to(torch.int8), scale, axis, quantizer.grid, bias)
-    return layers
-
-
 def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
     """A copy of a quantized network that computes with integers where it was told to.
 
@@ -133,12 +70,13 @@ def integer_network(network: nn.Module, spelling: Spelling | None = None) -> Int
         ValueError: If the network is not quantized, or an activation has no range yet.
     """
     quantization = quantized_network(network)
-    missing = quantization.unready()
+    spelling = spelling or Spelling()
+    missing = quantization.unready(with_outputs=spelling.quantized_outputs)
     if missing:
         raise ValueError(
             f"activation {missing[0]!r} has no range; calibrate or train the network first."
         )
-    return IntegerNetwork(network, spelling or Spelling())
+    return IntegerNetwork(network, spelling)
 
 
 class IntegerNetwork(nn.Module):
@@ -175,7 +113,8 @@ class IntegerNetwork(nn.Module):
         def through(value: Tensor) -> Tensor:
             nonlocal count
             count += 1
-            return self._quantize(input_name(count), value)
+            rounded: Tensor = self._quantize(input_name(count), value)
+            return rounded
 
         args, kwargs = tree_map_only(Tensor, through, (args, kwargs))
         with seen_calls(self.network, self._handle):
@@ -210,16 +149,18 @@ class IntegerNetwork(nn.Module):
         quantizer = None if name is None else quantization.activation(name)
         if not isinstance(quantizer, ActivationQuantizer):
             return None
-        return quantizer.scale.detach()
+        return quantizer.step.detach()
 
     def _drop_float_weights(self, quantization: Quantization) -> None:
         """Weights that live on as integers are not to be stored a second time."""
-        floating = {call.partition(":")[0] for call in quantization.placement.floating}
-        for name in dict.fromkeys(quantization.placement.weights.values()):
-            path, _, attribute = name.rpartition(".")
-            if path not in floating:
+        placement = quantization.placement
+        for name in dict.fromkeys(placement.weights.values()):
+            if name not in placement.floating:
+                path, _, attribute = name.rpartition(".")
                 module = self.network.get_submodule(path)
-                setattr(module, attribute, nn.Parameter(torch.empty(0), requires_grad=False))
+                # Some forwards ask for its shape.
+                shell = torch.zeros(()).expand(getattr(module, attribute).shape)
+                setattr(module, attribute, nn.Parameter(shell, requires_grad=False))
 
 
 class _Layer:
@@ -237,10 +178,16 @@ class _Layer:
         self._axis, self._grid = layer.axis, layer.grid
         scale, bias = layer.scale, layer.bias
         values = layer.values
-        self._integer_bias = spelling.integer_bias and bias is not None and input_scale is not None
-        if self._integer_bias:
-            assert bias is not None and input_scale is not None
-            values, scale = _widened(layer, bias, input_scale)
+        self._integer_bias = False
+        # Groups of a transposed convolution share scales, whereas each channel has its bias.
+        if (
+            spelling.integer_bias
+            and bias is not None
+            and len(bias) == len(scale)
+            and input_scale is not None
+        ):
+            self._integer_bias = True
+            values, scale = with_integer_bias(layer, bias, input_scale)
             step = scale * input_scale
             integers = torch.round(bias / step).clamp(-_INT32, _INT32).to(torch.int32)
             self._keep(bias=integers, bias_scale=step)
@@ -285,35 +232,6 @@ class _Layer:
         return value
 
 
-def _widened(layer: IntegerLayer, bias: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers and scales of a weight such that its bias fits int32.
-
-    A channel whose weights are next to nothing beside its bias gets a coarser scale; what its
-    weights lose is below the rounding of its output.
-    """
-    least = bias.abs() / (input_scale * 2.0**30)
-    scale = torch.maximum(layer.scale, least)
-    shape = [1] * layer.values.dim()
-    shape[layer.axis] = -1
-    ratio = (layer.scale / scale).reshape(shape)
-    values = torch.where(ratio == 1, layer.values.float(), torch.round(layer.values * ratio))
-    return values.to(torch.int8), scale
-
-
-def _folded(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The factor of a batch norm in evaluation mode, and the bias of layer and norm together."""
-    assert isinstance(norm, _BatchNorm) and norm.running_var is not None
-    assert norm.running_mean is not None
-    mean, factor = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = (bias.double() if bias is not None else 0.0) - mean
-    shift = shift * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return factor.float(), shift.float()
-
-
 def _activation_grids(
     quantization: Quantization, spelling: Spelling
 ) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -332,7 +250,7 @@ def _rounding(
     grid = quantizer.grid
     if isinstance(quantizer, DynamicQuantizer):
         return _dynamic_rounding(grid, shift, dtype)
-    scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+    scale, zero = float(quantizer.step), int(quantizer.zero_point)
     constants = (scale, zero - shift, grid.low - shift, grid.high - shift, dtype)
     # Runtimes clip at the ends of eight bits only.
     ends = ((grid.low - zero) * scale, (grid.high - zero) * scale) if grid.bits < 8 else None

@@ -29,6 +29,7 @@ __all__ = [
     "LinearKind",
     "apply_linear_kernels",
     "quantize_linears",
+    "remove_linear_kernels",
     "torchao_weights_readable",
 ]
 
@@ -171,6 +172,24 @@ def apply_linear_kernels(network: nn.Module, kernels: LinearKernels) -> None:
             )
         layers[name] = layer
     _put_on_kernels(layers, kernels.kind, kernels.group_size)
+
+
+def remove_linear_kernels(network: nn.Module, kernels: LinearKernels) -> None:
+    """Give layers on torchao's kernels empty float32 weights, for a state dict to fill.
+
+    Args:
+        network: From :func:`quantize_linears` or :func:`apply_linear_kernels`, in place.
+        kernels: The record of that.
+    """
+    for name in kernels.quantized:
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, _InputsTo | _OutputTo)]:
+                del hooks[key]
+        empty = torch.zeros(layer.out_features, layer.in_features, device=layer.weight.device)
+        layer.weight = nn.Parameter(empty)
+        layer.float()
 
 
 @contextmanager

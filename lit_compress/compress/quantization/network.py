@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from lit_compress.compress.calibration import Forward, evaluation_mode
-from lit_compress.compress.quantization.affine import MIN_BITS
-from lit_compress.compress.quantization.calls import (
-    input_name,
-    layer_arguments,
-    record_calls,
-    seen_calls,
-    tensors_in,
-    with_layer_arguments,
-)
+from lit_compress.compress.quantization.attached import Quantization
+from lit_compress.compress.quantization.calls import record_calls
 from lit_compress.compress.quantization.placement import Placement, place
-from lit_compress.compress.quantization.quantizers import (
-    ActivationQuantizer,
-    DynamicQuantizer,
-    Quantizer,
-    WeightQuantizer,
-)
-from lit_compress.compress.quantization.ranges import (
-    RangeKind,
-    RangeObserver,
-    mse_weight_scale,
-    range_observer,
-)
+from lit_compress.compress.quantization.quantizers import ActivationQuantizer
+from lit_compress.compress.quantization.ranges import RangeKind, mse_weight_scale, range_observer
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
 __all__ = [
@@ -49,184 +30,9 @@ __all__ = [
 ]
 
 _CHILD = "quantization"
+_ORIGINAL = "_lit_compress_quantizes"  # on the subclass: the class that the network had
 _VERSION = 1
-
-
-class Quantization(nn.Module):
-    """All quantizers of a network, as a child module of it.
-
-    Attributes:
-        scheme: What was declared.
-        placement: Where quantizers are.
-        activations: Quantizers of activations, by name with ``/`` for ``.``.
-        weights: Quantizers of weights, likewise.
-    """
-
-    def __init__(
-        self, network: nn.Module, scheme: QuantizationScheme, placement: Placement
-    ) -> None:
-        super().__init__()
-        self.scheme = scheme
-        self.placement = placement
-        self.activations = nn.ModuleDict()
-        self.weights = nn.ModuleDict()
-        for name in dict.fromkeys(placement.activations.values()):
-            self.activations[_key(name)] = _activation_quantizer(scheme)
-        for name in placement.outputs.values():  # observed only, so there is nothing to learn
-            self.activations[_key(name)] = _activation_quantizer(scheme, learned=False)
-        for call, name in placement.weights.items():
-            if _key(name) not in self.weights:
-                self.weights[_key(name)] = _weight_quantizer(network, scheme, call, name)
-        self._activation_of = {c: _key(n) for c, n in placement.activations.items()}
-        self._output_of = {c: _key(n) for c, n in placement.outputs.items()}
-        self._weight_of = {c: _key(n) for c, n in placement.weights.items()}
-        self._observers: Mapping[str, RangeObserver] = {}
-        self._least_weight_bits = MIN_BITS
-
-    @property
-    def quantizers(self) -> list[Quantizer]:
-        """All of them."""
-        return [m for m in self.modules() if isinstance(m, Quantizer)]
-
-    def set_mode(self, *, observing: bool, quantizing: bool) -> None:
-        """Say whether ranges follow the values that come, and whether values are rounded."""
-        for quantizer in self.quantizers:
-            quantizer.observing, quantizer.quantizing = observing, quantizing
-
-    @property
-    def observing(self) -> bool:
-        """Whether ranges follow the values that come."""
-        return any(q.observing for q in self.quantizers)
-
-    @property
-    def quantizing(self) -> bool:
-        """Whether values are rounded."""
-        return any(q.quantizing for q in self.quantizers)
-
-    @contextmanager
-    def observed_by(self, observers: Mapping[str, RangeObserver]) -> Iterator[None]:
-        """Inside, observers see the activations, by the keys of :attr:`activations`."""
-        self._observers = observers
-        try:
-            yield
-        finally:
-            self._observers = {}
-
-    def unready(self) -> list[str]:
-        """Activations that no calibration batch reached."""
-        return [
-            name
-            for name in dict.fromkeys(self.placement.activations.values())
-            if not self.activation(name).ready
-        ]
-
-    def activation(self, name: str) -> ActivationQuantizer | DynamicQuantizer:
-        """The quantizer of an activation, by the name that the placement has for it."""
-        found = self.activations[_key(name)]
-        assert isinstance(found, ActivationQuantizer | DynamicQuantizer)
-        return found
-
-    def weight(self, name: str) -> WeightQuantizer:
-        """The quantizer of a weight, by its parameter's name."""
-        found = self.weights[_key(name)]
-        assert isinstance(found, WeightQuantizer)
-        return found
-
-    @property
-    def least_weight_bits(self) -> int:
-        """Bits that no weight has less of at the moment."""
-        return self._least_weight_bits
-
-    @least_weight_bits.setter
-    def least_weight_bits(self, bits: int) -> None:
-        """Give weights at least so many bits, and those of the scheme where that says more."""
-        self._least_weight_bits = bits
-        for name in self.placement.weights.values():
-            grid = self.scheme.weight_grid(name.rpartition(".")[0])
-            self.weight(name).set_bits(max(bits, grid.bits))
-
-    def get_extra_state(self) -> dict[str, int]:
-        """What ``state_dict`` holds besides tensors: the mode, and the bits of the moment."""
-        return {
-            "observing": int(self.observing),
-            "quantizing": int(self.quantizing),
-            "least_weight_bits": self.least_weight_bits,
-        }
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take over the mode and the bits of a checkpoint."""
-        self.set_mode(observing=bool(state["observing"]), quantizing=bool(state["quantizing"]))
-        with torch.no_grad():
-            scales = {name: self.weight(name).scale.clone() for name in self._names_of_weights}
-            self.least_weight_bits = state["least_weight_bits"]
-            for name, scale in scales.items():  # they are those of the checkpoint already
-                self.weight(name).set_scale(scale)
-
-    @property
-    def _names_of_weights(self) -> list[str]:
-        return list(dict.fromkeys(self.placement.weights.values()))
-
-    def forward(self, *values: Any) -> Any:
-        """What came: a network that runs all of its children runs this one for nothing."""
-        return values[0] if len(values) == 1 else values
-
-    def run(
-        self,
-        network: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The network's own forward, with its tensors going through the quantizers."""
-        if not (self.quantizing or self.observing or self._observers):
-            return forward(*args, **kwargs)
-        args, kwargs = self._quantize_inputs(args, kwargs)
-        with seen_calls(network, self._handle):
-            return forward(*args, **kwargs)
-
-    def _quantize_inputs(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        count = -1
-
-        def through(value: Tensor) -> Tensor:
-            nonlocal count
-            count += 1
-            return self._quantize(input_name(count), value)
-
-        changed: tuple[Any, Any] = tree_map_only(Tensor, through, (args, kwargs))
-        return changed
-
-    def _quantize(self, name: str, value: Any) -> Any:
-        key = self._activation_of.get(name) or self._output_of.get(name)
-        if key is None:
-            return value
-        if key in self._observers:
-            self._observe(name, self._observers[key], value)
-        rounded = tree_map_only(Tensor, self.activations[key], value)
-        return rounded if name in self._activation_of else value
-
-    def _observe(self, name: str, observer: RangeObserver, value: Any) -> None:
-        for tensor in tensors_in(value):
-            if tensor.is_floating_point():
-                try:
-                    observer.observe(tensor.detach())
-                except ValueError as error:
-                    raise ValueError(f"activation {name!r}: {error}") from error
-
-    def _handle(
-        self,
-        name: str,
-        op: str,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        key = self._weight_of.get(name)
-        if key is not None:
-            _, weight, bias = layer_arguments(args, kwargs)
-            args, kwargs = with_layer_arguments(args, kwargs, self.weights[key](weight), bias)
-        return self._quantize(name, func(*args, **kwargs))
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # by class, the subclass that quantizes
 
 
 # --- Into a network and out of it -----------------------------------------------------------------
@@ -255,7 +61,7 @@ def prepare(
     """
     _refuse_unsuitable(network)
     placement = place(network, record_calls(network, run), scheme)
-    return _attach(network, scheme, placement)
+    return _attach(network, Quantization(network, scheme, placement))
 
 
 def quantization_record(network: nn.Module) -> dict[str, Any] | None:
@@ -292,30 +98,31 @@ def attach(network: nn.Module, record: Mapping[str, Any]) -> Quantization:
             f"the quantization record has version {version!r}, expected {_VERSION}. It was written "
             "by another version of this library; load it with that one."
         )
-    scheme = QuantizationScheme(**record["scheme"])
-    placement = Placement.from_plain(record["placement"])
-    named = dict(network.named_parameters(remove_duplicate=False))
-    missing = [name for name in placement.weights.values() if name not in named]
-    if missing:
-        raise ValueError(
-            f"the quantization record quantizes {missing[0]!r}, which {type(network).__name__} "
-            "does not have. Build the network with the arguments that it had when it was quantized."
-        )
+    scheme, placement = _parts(record)
+    _check_parts(network, placement)
+    quantization = Quantization(network, scheme, placement)
     if is_quantized(network):
         remove_quantization(network)
     _refuse_unsuitable(network)
-    return _attach(network, scheme, placement)
+    return _attach(network, quantization)
 
 
 def remove_quantization(network: nn.Module) -> None:
     """Take the quantizers off; weights keep the values that they have.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it has none, or something else changed its class since.
     """
     quantized_network(network)
+    original = vars(type(network)).get(_ORIGINAL)
+    if original is None:
+        raise ValueError(
+            f"the class of the network was changed to {type(network).__name__} after it was "
+            "quantized, as fully_shard and parametrizations do; take that off first."
+        )
+    _drop_bound_forward(network)
     delattr(network, _CHILD)
-    network.__class__ = _original_class(type(network))
+    network.__class__ = original
 
 
 def without_quantizers(module: nn.Module) -> nn.Module:
@@ -328,7 +135,7 @@ def without_quantizers(module: nn.Module) -> nn.Module:
 
 def is_quantized(network: nn.Module) -> bool:
     """Whether a network has quantizers of its own."""
-    return isinstance(getattr(network, _CHILD, None), Quantization)
+    return isinstance(network._modules.get(_CHILD), Quantization)
 
 
 def quantized_network(network: nn.Module) -> Quantization:
@@ -337,7 +144,7 @@ def quantized_network(network: nn.Module) -> Quantization:
     Raises:
         ValueError: If it has none.
     """
-    found = getattr(network, _CHILD, None)
+    found = network._modules.get(_CHILD)
     if not isinstance(found, Quantization):
         raise ValueError(
             f"{type(network).__name__} is not quantized; use prepare or attach, or one of the "
@@ -346,37 +153,94 @@ def quantized_network(network: nn.Module) -> Quantization:
     return found
 
 
-def _attach(network: nn.Module, scheme: QuantizationScheme, placement: Placement) -> Quantization:
-    quantization = Quantization(network, scheme, placement)
+def _parts(record: Mapping[str, Any]) -> tuple[QuantizationScheme, Placement]:
+    try:
+        return QuantizationScheme(**record["scheme"]), Placement.from_plain(record["placement"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the quantization record is incomplete or has unknown parts ({error}). It was not "
+            "written by this library."
+        ) from error
+
+
+def _check_parts(network: nn.Module, placement: Placement) -> None:
+    """Refuse what is placed on parameters and modules that a network does not have."""
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    modules = {name for name, _ in network.named_modules(remove_duplicate=False)}
+    wanted = [*placement.weights.values(), *placement.biases.values()]
+    missing = [name for name in wanted if name not in parameters]
+    norms = (call.partition(":")[0] for call in placement.batch_norms)
+    missing += [name for name in norms if name not in modules]
+    if missing:
+        raise ValueError(
+            f"the quantization record quantizes {missing[0]!r}, which {type(network).__name__} "
+            "does not have. Build the network with the arguments that it had when it was quantized."
+        )
+
+
+def _attach(network: nn.Module, quantization: Quantization) -> Quantization:
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    _drop_bound_forward(network)
     setattr(network, _CHILD, quantization.to(device).train(network.training))
     network.__class__ = _quantized_class(type(network))
     return quantization
 
 
-@cache
 def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
+    if original in _CLASSES:
+        return _CLASSES[original]
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         run: Callable[..., Any] = getattr(self, _CHILD).run
         return run(self, super(quantized, self).forward, args, kwargs)
 
-    def own_parts(self: Any) -> Iterator[nn.Module]:
-        return (part for part in self._modules.values() if not isinstance(part, Quantization))
+    def reduce(self: Any, protocol: Any) -> Any:
+        # The class has no name of its own under which pickle would find it.
+        constructor, arguments, *rest = super(quantized, self).__reduce_ex__(protocol)
+        return (_unpickled, (original, constructor, *arguments), *rest)
 
-    def count(self: Any) -> int:
-        return len(self._modules) - 1
-
-    body: dict[str, Any] = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__,
-            "__qualname__": original.__qualname__, "_lit_compress_quantizes": original}  # fmt: skip
-    if issubclass(original, nn.Sequential):  # its parts are what is in it, one after the other
-        body |= {"__iter__": own_parts, "__len__": count}
+    body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, _ORIGINAL: original,
+            "__module__": original.__module__, "__doc__": original.__doc__,
+            "__qualname__": original.__qualname__}  # fmt: skip
+    if issubclass(original, nn.Sequential):
+        body |= _sequence_without_child(original)
     quantized: type[nn.Module] = type(original.__name__, (original,), body)
+    _CLASSES[original] = quantized
     return quantized
 
 
-def _original_class(quantized: type[nn.Module]) -> type[nn.Module]:
-    original: type[nn.Module] = vars(quantized)["_lit_compress_quantizes"]
-    return original
+def _unpickled(original: type[nn.Module], constructor: Callable[..., Any], *arguments: Any) -> Any:
+    quantized = _quantized_class(original)
+    return constructor(*(quantized if a is original else a for a in arguments))
+
+
+def _sequence_without_child(original: type[nn.Sequential]) -> dict[str, Any]:
+    """Methods of a Sequential whose parts are those that run one after the other."""
+
+    def own(self: Any) -> list[tuple[str, nn.Module]]:
+        return [
+            (n, part) for n, part in self._modules.items() if not isinstance(part, Quantization)
+        ]
+
+    def parts(self: Any) -> Iterator[nn.Module]:
+        return (part for _, part in own(self))
+
+    def count(self: Any) -> int:
+        return len(own(self))
+
+    def part(self: Any, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            return original(OrderedDict(own(self)[index]))
+        return own(self)[index][1]
+
+    return {"__iter__": parts, "__len__": count, "__getitem__": part}
+
+
+def _drop_bound_forward(network: nn.Module) -> None:
+    """Take off a forward that was put on the instance and is that of its class, as DDP leaves."""
+    own = vars(network).get("forward")
+    if getattr(own, "__func__", None) is type(network).forward:
+        del network.forward
 
 
 def _refuse_unsuitable(network: nn.Module) -> None:
@@ -385,6 +249,13 @@ def _refuse_unsuitable(network: nn.Module) -> None:
         raise ValueError(
             "the network is compiled by torch.compile, which has fixed what it computes; quantize "
             "the module itself and compile afterwards."
+        )
+    own = vars(network).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(network).forward:
+        raise ValueError(
+            f"forward of this {name} was replaced on the instance, so that its quantizers would "
+            "never run; quantize the network first and replace forward afterwards, or write a "
+            "subclass."
         )
     if isinstance(network, torch.jit.ScriptModule):
         raise ValueError(f"{name} is a TorchScript module; quantize the Python module instead.")
@@ -454,8 +325,8 @@ def calibrate(
     missing = quantization.unready()
     if missing:
         raise ValueError(
-            f"no calibration batch reached {missing[0]!r}; give batches that run the whole network, "
-            "or put the layers that follow into ignored_layers."
+            f"no calibration batch reached {missing[0]!r}; give batches that run the whole "
+            "network, or put the layers that follow into ignored_layers."
         )
     quantization.set_mode(observing=False, quantizing=True)
     return count
@@ -472,31 +343,3 @@ def fit_weights(network: nn.Module) -> None:
         else:
             scale = mse_weight_scale(weight.detach(), quantizer.grid, quantizer.axis)
             quantizer.set_scale(scale)
-
-
-# --- Details --------------------------------------------------------------------------------------
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")
-
-
-def _activation_quantizer(scheme: QuantizationScheme, learned: bool = True) -> Quantizer:
-    grid = scheme.activation_grid
-    assert grid is not None
-    if scheme.activation_ranges == "dynamic":
-        return DynamicQuantizer(grid)
-    return ActivationQuantizer(grid, learned and scheme.activation_ranges == "learned")
-
-
-def _weight_quantizer(
-    network: nn.Module, scheme: QuantizationScheme, call: str, name: str
-) -> WeightQuantizer:
-    weight, layer = network.get_parameter(name), name.rpartition(".")[0]
-    axis = 1 if call.partition(":")[2].startswith("conv_transpose") else 0
-    channels: int | None = weight.shape[axis]
-    # Groups of a transposed convolution lie along its inputs, so axis 1 is not all of its channels.
-    grouped = axis == 1 and getattr(network.get_submodule(layer), "groups", 1) > 1
-    if grouped or name in scheme.per_tensor_weights:
-        channels = None
-    return WeightQuantizer(scheme.weight_grid(layer), channels, axis, scheme.weight_ranges)

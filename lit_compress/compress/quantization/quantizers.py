@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ _LEAST_SCALE = 1e-12  # a learned scale stays positive
 class Quantizer(nn.Module):
     """What activations and weights have in common: a grid, scales and whether they are learned.
 
+    Its tensors stay in float32 and int32 whatever dtype the network around it is cast to.
+
     Attributes:
         grid: The integers.
         scale: float32, ``[]`` or ``[channels]``; a parameter where it is learned.
@@ -39,12 +43,17 @@ class Quantizer(nn.Module):
         self.learned = learned
         self.observing = False
         self.quantizing = False
-        scale = torch.ones(shape)
+        scale = torch.ones(shape, dtype=torch.float32)
         if learned:
             self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+
+    @property
+    def step(self) -> Tensor:
+        """The scale by which it rounds: a learned one is kept positive; of that shape."""
+        return self.scale.clamp_min(_LEAST_SCALE) if self.learned else self.scale
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
@@ -63,13 +72,21 @@ class Quantizer(nn.Module):
         how = "learned" if self.learned else "observed"
         return f"bits={self.grid.bits}, signed={self.grid.signed}, {how}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
 
 class ActivationQuantizer(Quantizer):
     """One scale for a whole activation.
 
-    While it observes, in training mode, its range is a moving average of the batches' least and greatest values
-    (Jacob et al. 2018, section 3.1): ``range += momentum * (batch - range)``, from the first
-    batch on. A learned scale is not moved by it; it starts where calibration put it.
+    While it observes, in training mode, its range is a moving average of the batches' least and
+    greatest values (Jacob et al. 2018, section 3.1): ``range += momentum * (batch - range)``, from
+    the first batch on. Batches with NaN or infinity, as mixed precision has at times, are left out.
+    A learned scale is not moved by it; it starts where calibration put it.
 
     Args:
         grid: The integers, unsigned.
@@ -83,8 +100,8 @@ class ActivationQuantizer(Quantizer):
     def __init__(self, grid: Grid, learned: bool = False, momentum: float = 0.01) -> None:
         super().__init__(grid, (), learned)
         self.momentum = momentum
-        self.register_buffer("low", torch.tensor(math.nan))
-        self.register_buffer("high", torch.tensor(math.nan))
+        self.register_buffer("low", torch.tensor(math.nan, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(math.nan, dtype=torch.float32))
 
     @property
     def ready(self) -> bool:
@@ -100,8 +117,7 @@ class ActivationQuantizer(Quantizer):
         if not self.quantizing:
             return x
         if self.learned:
-            scale = self.scale.clamp_min(_LEAST_SCALE)
-            return learned_fake_quantize(x, scale, self.zero_point, self.grid)
+            return learned_fake_quantize(x, self.step, self.zero_point, self.grid)
         return fake_quantize(x, self.scale, self.zero_point, self.grid)
 
     @torch.no_grad()
@@ -122,10 +138,12 @@ class ActivationQuantizer(Quantizer):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         low, high = (end.float() for end in torch.aminmax(x))
-        first = torch.isnan(self.low)
-        self.low.copy_(torch.where(first, low, self.low.lerp(low, self.momentum)))
-        self.high.copy_(torch.where(first, high, self.high.lerp(high, self.momentum)))
-        self.set_scale(*affine_parameters(self.low, self.high, self.grid, checked=False))
+        first, usable = torch.isnan(self.low), torch.isfinite(low) & torch.isfinite(high)
+        for end, new in ((self.low, low), (self.high, high)):
+            moved = torch.where(first, new, end.lerp(new, self.momentum))
+            end.copy_(torch.where(usable, moved, end))
+        known = self.low.nan_to_num(), self.high.nan_to_num()
+        self.set_scale(*affine_parameters(*known, self.grid, checked=False))
 
 
 class DynamicQuantizer(Quantizer):
@@ -177,8 +195,7 @@ class WeightQuantizer(Quantizer):
         if not self.quantizing:
             return weight
         if self.learned:
-            scale = self.scale.clamp_min(_LEAST_SCALE)
-            return learned_fake_quantize(weight, scale, self.zero_point, self.grid, self.axis)
+            return learned_fake_quantize(weight, self.step, self.zero_point, self.grid, self.axis)
         if self.ranges == "minmax":
             self.follow(weight)
         return fake_quantize(weight, self.scale, self.zero_point, self.grid, self.axis)
@@ -203,7 +220,6 @@ class WeightQuantizer(Quantizer):
         else:
             greatest = magnitude.transpose(0, self.axis).flatten(1).amax(1)
         scale, _ = affine_parameters(-greatest, greatest, self.grid, checked=False)
-        # A new tensor where one is traced or used by autograd twice would not do: keep the storage.
         self.scale.copy_(scale)
 
     def extra_repr(self) -> str:

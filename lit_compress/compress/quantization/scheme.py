@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
@@ -66,6 +66,8 @@ class QuantizationScheme:
                 "in {'layer4.*': 4}."
             )
         for pattern, bits in self.layer_bits.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"layer_bits has the key {pattern!r}; give a name pattern.")
             _check_bits(f"layer_bits[{pattern!r}]", bits)
         _check_choice("weight_ranges", self.weight_ranges, WeightRanges)
         _check_choice("activation_ranges", self.activation_ranges, ActivationRanges)
@@ -73,6 +75,10 @@ class QuantizationScheme:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+            if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in (*value,)):
+                raise ValueError(
+                    f"{name} is {value!r}; give a list of names, as in ['features.0']."
+                )
             object.__setattr__(self, name, tuple(value))
         for name in ("quantize_first_layer", "quantize_last_layer"):
             if not isinstance(getattr(self, name), bool):

@@ -7,6 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from lit_compress.compress.quantization.conversions import (
+    convert_as,
+    is_conversion,
+    is_converted,
+    remove_conversion,
+    stored_conversion,
+)
 from lit_compress.compress.quantization.network import (
     attach,
     is_quantized,
@@ -14,7 +21,13 @@ from lit_compress.compress.quantization.network import (
     remove_quantization,
 )
 
-__all__ = ["QUANTIZATION_KEY", "belongs_to_quantizers", "quantization_records", "take_quantization"]
+__all__ = [
+    "QUANTIZATION_KEY",
+    "belongs_to_quantizers",
+    "holds_torchao_weights",
+    "quantization_records",
+    "take_quantization",
+]
 
 QUANTIZATION_KEY = "lit_compress_quantization"
 """Where a checkpoint keeps the records of its quantized networks, by name in the module."""
@@ -23,9 +36,9 @@ QUANTIZATION_KEY = "lit_compress_quantization"
 def quantization_records(module: nn.Module) -> dict[str, Any]:
     """Records of all quantized networks inside of a module (or of itself), by name; plain data."""
     return {
-        name: quantization_record(part)
+        name: quantization_record(part) if is_quantized(part) else stored_conversion(part)
         for name, part in module.named_modules()
-        if is_quantized(part)
+        if is_quantized(part) or is_converted(part)
     }
 
 
@@ -57,10 +70,10 @@ def take_quantization(
     present = quantization_records(module)
     for name in present:
         if present[name] != wanted.get(name):
-            remove_quantization(module.get_submodule(name))
+            _back_to_float(module.get_submodule(name))
     for name, record in wanted.items():
-        if present.get(name) == record:
-            continue
+        if present.get(name) == record and is_conversion(record):
+            continue  # quantizers are made anew: weights may have other sizes by now
         try:
             network = module.get_submodule(name)
         except AttributeError as error:
@@ -68,12 +81,29 @@ def take_quantization(
                 f"{source} has a quantized network {name!r}, which {type(module).__name__} does "
                 "not have. Build it with the arguments that it had in the run that wrote the file."
             ) from error
-        attach(network, record)
+        if is_conversion(record):
+            convert_as(network, record)
+        else:
+            attach(network, record)
 
 
 def belongs_to_quantizers(name: str) -> bool:
     """Whether an entry of a state dict is of quantizers, not of the model itself."""
     return name.startswith("quantization.") or ".quantization." in name
+
+
+def holds_torchao_weights(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has layers on torchao's kernels."""
+    records = checkpoint.get(QUANTIZATION_KEY)
+    stored = records.values() if isinstance(records, Mapping) else ()
+    return any(is_conversion(r) and r["kind"] == "linear_kernels" for r in stored)
+
+
+def _back_to_float(network: nn.Module) -> None:
+    if is_quantized(network):
+        remove_quantization(network)
+    else:
+        remove_conversion(network)
 
 
 def _within(name: str, prefix: str) -> str | None:

@@ -1,0 +1,264 @@
+"""All quantizers of a network, and how its forward runs through them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils._pytree import tree_map_only
+
+from lit_compress.compress.quantization.affine import MIN_BITS
+from lit_compress.compress.quantization.calls import (
+    input_name,
+    layer_arguments,
+    seen_calls,
+    tensors_in,
+    with_layer_arguments,
+)
+from lit_compress.compress.quantization.placement import Placement, layer_of
+from lit_compress.compress.quantization.quantizers import (
+    ActivationQuantizer,
+    DynamicQuantizer,
+    Quantizer,
+    WeightQuantizer,
+)
+from lit_compress.compress.quantization.ranges import RangeObserver
+from lit_compress.compress.quantization.scheme import QuantizationScheme
+
+__all__ = ["Quantization"]
+
+
+class Quantization(nn.Module):
+    """All quantizers of a network, as a child module of it.
+
+    Attributes:
+        scheme: What was declared.
+        placement: Where quantizers are.
+        activations: Quantizers of activations, by name with ``/`` for ``.``.
+        weights: Quantizers of weights, likewise.
+    """
+
+    def __init__(
+        self, network: nn.Module, scheme: QuantizationScheme, placement: Placement
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.placement = placement
+        self.activations = nn.ModuleDict()
+        self.weights = nn.ModuleDict()
+        for name in dict.fromkeys(placement.activations.values()):
+            self.activations[_key(name)] = _activation_quantizer(scheme)
+        for name in placement.outputs.values():  # observed only, so there is nothing to learn
+            if _key(name) not in self.activations:
+                self.activations[_key(name)] = _activation_quantizer(scheme, learned=False)
+        for call, name in placement.weights.items():
+            if _key(name) not in self.weights:
+                self.weights[_key(name)] = _weight_quantizer(network, scheme, call, name)
+        self._activation_of = {c: _key(n) for c, n in placement.activations.items()}
+        self._output_of = {c: _key(n) for c, n in placement.outputs.items()}
+        self._weight_of = {c: _key(n) for c, n in placement.weights.items()}
+        self._observers: Mapping[str, RangeObserver] = {}
+        self._least_weight_bits = MIN_BITS
+        self._counts_checked = False
+
+    @property
+    def quantizers(self) -> list[Quantizer]:
+        """All of them."""
+        return [m for m in self.modules() if isinstance(m, Quantizer)]
+
+    def set_mode(self, *, observing: bool, quantizing: bool) -> None:
+        """Say whether ranges follow the values that come, and whether values are rounded."""
+        for quantizer in self.quantizers:
+            quantizer.observing, quantizer.quantizing = observing, quantizing
+
+    @property
+    def observing(self) -> bool:
+        """Whether ranges follow the values that come."""
+        return any(q.observing for q in self.quantizers)
+
+    @property
+    def quantizing(self) -> bool:
+        """Whether values are rounded."""
+        return any(q.quantizing for q in self.quantizers)
+
+    @contextmanager
+    def observed_by(self, observers: Mapping[str, RangeObserver]) -> Iterator[None]:
+        """Inside, observers see the activations, by the keys of :attr:`activations`."""
+        self._observers = observers
+        try:
+            yield
+        finally:
+            self._observers = {}
+
+    def unready(self, with_outputs: bool = False) -> list[str]:
+        """Activations that no calibration batch reached.
+
+        Args:
+            with_outputs: Whether those count that are observed only.
+        """
+        outputs = self.placement.outputs if with_outputs else {}
+        names = dict.fromkeys([*self.placement.activations.values(), *outputs.values()])
+        return [name for name in names if not self.activation(name).ready]
+
+    def activation(self, name: str) -> ActivationQuantizer | DynamicQuantizer:
+        """The quantizer of an activation, by the name that the placement has for it."""
+        found = self.activations[_key(name)]
+        assert isinstance(found, ActivationQuantizer | DynamicQuantizer)
+        return found
+
+    def weight(self, name: str) -> WeightQuantizer:
+        """The quantizer of a weight, by its parameter's name."""
+        found = self.weights[_key(name)]
+        assert isinstance(found, WeightQuantizer)
+        return found
+
+    @property
+    def least_weight_bits(self) -> int:
+        """Bits that no weight has less of at the moment."""
+        return self._least_weight_bits
+
+    @least_weight_bits.setter
+    def least_weight_bits(self, bits: int) -> None:
+        """Give weights at least so many bits, and those of the scheme where that says more."""
+        self._least_weight_bits = bits
+        for name in self.placement.weights.values():
+            grid = self.scheme.weight_grid(layer_of(name))
+            self.weight(name).set_bits(max(bits, grid.bits))
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What ``state_dict`` holds besides tensors: the mode, and the bits of the moment."""
+        return {
+            "observing": int(self.observing),
+            "quantizing": int(self.quantizing),
+            "least_weight_bits": self.least_weight_bits,
+        }
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take over the mode and the bits of a checkpoint."""
+        self.set_mode(observing=bool(state["observing"]), quantizing=bool(state["quantizing"]))
+        with torch.no_grad():
+            scales = {name: self.weight(name).scale.clone() for name in self._names_of_weights}
+            self.least_weight_bits = state["least_weight_bits"]
+            for name, scale in scales.items():  # they are those of the checkpoint already
+                self.weight(name).set_scale(scale)
+
+    @property
+    def _names_of_weights(self) -> list[str]:
+        return list(dict.fromkeys(self.placement.weights.values()))
+
+    def forward(self, *values: Any) -> Any:
+        """What came: a network that runs all of its children runs this one for nothing."""
+        return values[0] if len(values) == 1 else values
+
+    def run(
+        self,
+        network: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The network's own forward, with its tensors going through the quantizers."""
+        if not (self.quantizing or self.observing or self._observers):
+            return forward(*args, **kwargs)
+        args, kwargs = self._quantize_inputs(args, kwargs)
+        with seen_calls(network, self._handle) as counts:
+            result = forward(*args, **kwargs)
+        if self.training and not self._counts_checked:
+            self._counts_checked = True
+            self._check_counts(network, counts)
+        return result
+
+    def _check_counts(self, network: nn.Module, counts: Mapping[str, int]) -> None:
+        """Calls are told apart by their order, which what happens in training only may change."""
+        for kind, count in self.placement.counts.items():
+            if counts.get(kind, 0) > int(count):
+                path, _, op = kind.partition(":")
+                warnings.warn(
+                    f"{path or type(network).__name__} calls {op} {counts[kind]} times in "
+                    f"training and {count} times in evaluation, so that in training quantizers may "
+                    "stand at other calls than they are meant for. Put what happens in training "
+                    "only into a module of its own.",
+                    stacklevel=4,
+                )
+
+    def _quantize_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        count = -1
+
+        def through(value: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            rounded: Tensor = self._quantize(input_name(count), value)
+            return rounded
+
+        changed: tuple[Any, Any] = tree_map_only(Tensor, through, (args, kwargs))
+        return changed
+
+    def _quantize(self, name: str, value: Any) -> Any:
+        key = self._activation_of.get(name) or self._output_of.get(name)
+        if key is None:
+            return value
+        if key in self._observers:
+            self._observe(name, self._observers[key], value)
+        rounded = tree_map_only(Tensor, self.activations[key], value)
+        return rounded if name in self._activation_of else value
+
+    def _observe(self, name: str, observer: RangeObserver, value: Any) -> None:
+        for tensor in tensors_in(value):
+            if tensor.is_floating_point():
+                try:
+                    observer.observe(tensor.detach())
+                except ValueError as error:
+                    raise ValueError(f"activation {name!r}: {error}") from error
+
+    def _handle(
+        self,
+        name: str,
+        op: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        key = self._weight_of.get(name)
+        if key is not None:
+            _, weight, bias = layer_arguments(args, kwargs)
+            args, kwargs = with_layer_arguments(args, kwargs, self.weights[key](weight), bias)
+        return self._quantize(name, func(*args, **kwargs))
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _activation_quantizer(scheme: QuantizationScheme, learned: bool = True) -> Quantizer:
+    grid = scheme.activation_grid
+    assert grid is not None
+    if scheme.activation_ranges == "dynamic":
+        return DynamicQuantizer(grid)
+    return ActivationQuantizer(grid, learned and scheme.activation_ranges == "learned")
+
+
+def _weight_quantizer(
+    network: nn.Module, scheme: QuantizationScheme, call: str, name: str
+) -> WeightQuantizer:
+    axis = 1 if call.partition(":")[2].startswith("conv_transpose") else 0
+    channels: int | None = network.get_parameter(name).shape[axis]
+    if name in scheme.per_tensor_weights or (axis == 1 and not _is_ungrouped(network, name)):
+        channels = None
+    grid = scheme.weight_grid(layer_of(name))
+    return WeightQuantizer(grid, channels, axis, scheme.weight_ranges)
+
+
+def _is_ungrouped(network: nn.Module, weight: str) -> bool:
+    """Whether axis 1 of a transposed convolution's weight has all of its output channels.
+
+    Groups lie along its inputs; where no module says how many there are, there may be any number.
+    """
+    layer = network.get_submodule(weight.rpartition(".")[0])
+    return isinstance(layer, _ConvTransposeNd) and layer.groups == 1
