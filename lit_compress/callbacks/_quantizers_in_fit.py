@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._weight_averages import averaged_modules
@@ -30,7 +31,7 @@ from lit_compress.compress.quantization.scheme import QuantizationScheme
 __all__ = [
     "CallWatch",
     "FrozenBatchNorms",
-    "Removable",
+    "SteadyScales",
     "agree_on_ranges",
     "clustered_weights",
     "cut_quantizers",
@@ -40,13 +41,6 @@ __all__ = [
     "quantizers_of_averages",
     "train_scales",
 ]
-
-
-class Removable(Protocol):
-    """What is bound to a run and can be taken off again."""
-
-    def remove(self) -> None:
-        """Take it off."""
 
 
 def give_quantizers(
@@ -185,6 +179,40 @@ class FrozenBatchNorms:
         for module in self._held.values():
             module.training = True
         self._held.clear()
+
+
+class SteadyScales:
+    """Keeps an optimizer step from changing a learned scale by more than a factor of two.
+
+    A scale that a large step takes to zero or below would have no gradient that brings it back.
+
+    Args:
+        trainer: A Trainer whose optimizers have the scales.
+        network: A quantized network.
+    """
+
+    def __init__(self, trainer: pl.Trainer, network: nn.Module) -> None:
+        self._scales = list(quantized_network(network).parameters())
+        self._before: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+        if self._scales:
+            for optimizer in trainer.optimizers:
+                self._handles.append(optimizer.register_step_pre_hook(self._note))
+                self._handles.append(optimizer.register_step_post_hook(self._limit))
+
+    def remove(self) -> None:
+        """Let optimizers step as they did."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _note(self, *_: Any) -> None:
+        self._before = [scale.detach().clone() for scale in self._scales]
+
+    @torch.no_grad()
+    def _limit(self, *_: Any) -> None:
+        for scale, before in zip(self._scales, self._before, strict=True):
+            scale.clamp_(before / 2, before * 2)
 
 
 class CallWatch:

@@ -46,8 +46,9 @@ def refuse_spawned_processes(trainer: pl.Trainer, callback: str) -> None:
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise MisconfigurationException(
-            f"{callback} changes the shapes of weights, and with a strategy that spawns its "
-            "processes the main one would load them into the model as it was; use strategy='ddp'."
+            f"{callback} changes the structure of the model, and with a strategy that spawns its "
+            "processes the main one would load the weights into the model as it was; use "
+            "strategy='ddp'."
         )
 
 

@@ -170,8 +170,7 @@ def digest(weights: Mapping[str, Any]) -> str:
 
 def read_remote(path: str | os.PathLike[str]) -> Any:
     """Open a checkpoint as Lightning does, so that a URL will do."""
+    place: Any = "cpu"  # not a function, which tensors of torchao do not take
     return TorchCheckpointIO().load_checkpoint(
-        os.fspath(path),
-        map_location="cpu",  # type: ignore[arg-type] (tensor subclasses take no function)
-        weights_only=True,
+        os.fspath(path), map_location=place, weights_only=True
     )

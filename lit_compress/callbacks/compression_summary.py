@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,20 @@ class CompressionSummary(pl.Callback):
         self._latest_state = _weights_and_zeros(self._network_of(pl_module))
         if self._latest_state == self._dense_state:
             self._dense_metrics = self._latest_metrics
+
+    def on_network_quantized(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+    ) -> None:
+        """Take the metrics that ``PostTrainingQuantization`` found before and after."""
+        network = self._network_of(pl_module)
+        if not self._dense_metrics and _weights_and_zeros(network) == self._dense_state:
+            self._dense_metrics = dict(before)
+        self._latest_metrics = dict(after)
+        self._latest_state = _weights_and_zeros(network)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure, compare, print, write and log."""

@@ -227,11 +227,12 @@ class PostTrainingQuantization(pl.Callback):
                 f"{clustered[0]!r} are clustered; leave it out of corrections, or the clustering "
                 "out of the run."
             )
-        sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
+        wanted = self.scheme.num_batches(self.num_calibration_batches)
+        inputs = TrainingSample(trainer, pl_module, network, wanted).inputs if wanted else []
         return quantize_after_training(
             network,
             self.scheme,
-            [(inputs.args, inputs.kwargs) for inputs in sample.inputs],
+            [(one.args, one.kwargs) for one in inputs],
             lambda net, batch: net(*batch[0], **batch[1]),
             clustered,
         )
@@ -240,7 +241,7 @@ class PostTrainingQuantization(pl.Callback):
     def _description(self) -> str:
         """The method in words."""
         scheme = self.scheme
-        words = [scheme.method]
+        words: list[str] = [scheme.method]
         if scheme.method in ("static", "dynamic", "weight_only"):
             words.append(f"{scheme.weight_bits}-bit weights")
             if scheme.layer_bits:

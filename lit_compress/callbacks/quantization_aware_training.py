@@ -17,7 +17,7 @@ from lit_compress.callbacks._network_calls import find_network
 from lit_compress.callbacks._quantizers_in_fit import (
     CallWatch,
     FrozenBatchNorms,
-    Removable,
+    SteadyScales,
     agree_on_ranges,
     clustered_weights,
     cut_quantizers,
@@ -42,8 +42,9 @@ from lit_compress.callbacks._stage_order import (
     check_stage_order,
 )
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
-from lit_compress.callbacks._training_sample import TrainingSample
+from lit_compress.callbacks._training_sample import TrainingSample, draw_batches
 from lit_compress.callbacks._weight_averages import AverageWatch, num_extra_epochs
+from lit_compress.callbacks.magnitude_sparsity import Removable
 from lit_compress.compress.quantization.network import (
     calibrate,
     fit_weights,
@@ -78,7 +79,8 @@ class QuantizationAwareTraining(pl.Callback):
     Start from a trained network: ranges are calibrated on training batches when the fit begins, and
     once more where rounding begins. Integers cannot follow a network whose weights still move far.
     Processes that train together agree on the ranges. Learned scales join the optimizer's parameter
-    group of least weight decay; before ``begin`` they do not move.
+    group of least weight decay; before ``begin`` they do not move, and no step changes one by more
+    than a factor of two.
 
     Logged to every logger when it changes: ``quantization/weight_bits`` (the least of all layers)
     and ``quantization/quantizing``.
@@ -93,7 +95,9 @@ class QuantizationAwareTraining(pl.Callback):
             epochs. Before it the run is what it would be without this callback. Channels must be
             cut and weights clustered by then.
         freeze_batch_norm: When batch norms stop following the batches and use their running
-            statistics, as they will in the end; ``None`` for never.
+            statistics, as they will in the end; ``None`` for never. Do it late and at a small
+            learning rate: without the batches' own scale, steps of the size before can make a
+            network with narrow channels (MobileNet) diverge.
         freeze_ranges: When observed ranges of activations stop moving; ``None`` for never.
         initial_weight_bits: Weights begin with so many bits and lose one after the other until
             ``freeze_ranges`` (or the end of the run); ``None`` begins with those they end with.
@@ -131,7 +135,7 @@ class QuantizationAwareTraining(pl.Callback):
         layer_bits: dict[str, int] | None = None,
         ranges: Ranges = "observed",
         begin: Moment = 0.0,
-        freeze_batch_norm: Moment | None = 0.5,
+        freeze_batch_norm: Moment | None = None,
         freeze_ranges: Moment | None = 0.75,
         initial_weight_bits: int | None = None,
         unit: Literal["step", "epoch"] = "step",
@@ -207,6 +211,7 @@ class QuantizationAwareTraining(pl.Callback):
         state, self._restored = self._restored, None
         if state is None or state["declared"] != self._declared or not is_quantized(network):
             self._refuse_other_scales(state)
+            draw_batches(trainer, 1)  # says so now if there are none
             self._plan, self._resumes = self._resolved_plan(trainer), False
         else:
             # The run keeps the moments it was started with, also when max_epochs has grown.
@@ -224,6 +229,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._calls = CallWatch(network)
         self._bound += [
             self._calls,
+            SteadyScales(trainer, network),
             AverageWatch(trainer, lambda average: follow_in_average(pl_module, network, average)),
         ]
         self._follow_plan(trainer, pl_module)

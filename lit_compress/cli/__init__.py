@@ -1,4 +1,5 @@
-"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark|export|analyze``.
+"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark|export|quantize|
+analyze``.
 
 :func:`main` only chooses the command; the commands import what they need themselves, so that
 ``--help`` answers at once.
@@ -22,6 +23,7 @@ COMMANDS = {
     "report": "Measure a checkpoint: sparsity, parameters, bytes; against a dense one if given.",
     "benchmark": "Time the model of a checkpoint beside the dense one, or exported files.",
     "export": "Write a model for a runtime, run the file there and compare it with torch.",
+    "quantize": "Put a trained model on integers or in half precision, and validate it.",
     "analyze": "Cut each channel group alone, evaluate, and derive a plan.",
 }
 
@@ -86,6 +88,10 @@ def _load(command: str) -> Callable[[list[str]], object]:
         from lit_compress.cli.export import export
 
         return export
+    if command == "quantize":
+        from lit_compress.cli.quantize import quantize
+
+        return quantize
     if command == "analyze":
         from lit_compress.cli.analyze import analyze
 

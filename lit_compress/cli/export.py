@@ -74,7 +74,8 @@ def export(args: Sequence[str]) -> None:
             num_threads=options.threads,
         )
         scored = _scored(subject, file, example, metrics, options) if options.validate else {}
-        written.append({**to_plain(file), "metrics": {"torch": metrics, "file": scored}})
+        plain = {**to_plain(file), "path": str(file.path)}
+        written.append({**plain, "metrics": {"torch": metrics, "file": scored}})
         print(_shown(file, metrics, scored), end="\n\n")
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ from lit_compress.compress.packed_tensors import (
     unpack_bits,
 )
 
-__all__ = ["PackedContent", "pack", "read_packed", "unpack", "write_packed"]
+__all__ = ["PackedContent", "pack", "packed_content", "read_packed", "unpack", "write_packed"]
 
 _FORMAT = "lit-compress packed tensors, version 1"
 # LZMA codes a literal in the context of so many bits of the byte before. None is best for sparse
@@ -143,11 +143,27 @@ def read_packed(path: str | os.PathLike[str]) -> PackedContent:
         raise
     except Exception as error:  # torch answers broken files with errors of many types
         raise _unreadable(name, error) from error
-    if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
+    content = packed_content(stored, name)
+    if content is None:
         raise ValueError(
             f"{name!r} is no packed file: expected {_FORMAT!r} in it. The file was left as it was; "
             "if it is a checkpoint or a state dict, read it with torch.load."
         )
+    return content
+
+
+def packed_content(stored: Any, name: str) -> PackedContent | None:
+    """The content of a packed file that ``torch.load`` has opened; ``None`` if it is another one.
+
+    Args:
+        stored: What ``torch.load`` gave.
+        name: The file's, for the message.
+
+    Raises:
+        ValueError: If the content is damaged.
+    """
+    if not isinstance(stored, Mapping) or stored.get("format") != _FORMAT:
+        return None
     try:
         return unpack(stored["content"].numpy().tobytes())
     except Exception as error:  # the bytes may say anything

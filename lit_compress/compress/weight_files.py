@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.layers import plain_name
+from lit_compress.compress.packed_checkpoint import unpacked_checkpoint
+from lit_compress.compress.packing import packed_content
 from lit_compress.compress.quantization.linear_kernels import torchao_weights_readable
 from lit_compress.compress.quantization.stored import belongs_to_quantizers, take_quantization
 from lit_compress.compress.structure import record_of, replay, values_after
@@ -27,7 +29,8 @@ def read_checkpoint(
     """Read a checkpoint onto the CPU, with ``weights_only=True``.
 
     Args:
-        path: A Lightning checkpoint, a state dict, or a mapping with one as ``state_dict``.
+        path: A Lightning checkpoint, a state dict, a mapping with one as ``state_dict``, or a
+            packed file.
         load: How to open the file, where it is not a local one.
 
     Returns:
@@ -55,6 +58,9 @@ def read_checkpoint(
             "which are never loaded. The file was left as it is; give another one, or save the "
             "weights alone with torch.save(module.state_dict(), path)."
         ) from error
+    packed = packed_content(content, name)
+    if packed is not None:
+        return unpacked_checkpoint(packed)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{name!r} holds a {type(content).__name__}, expected a Lightning checkpoint or a "

@@ -99,8 +99,9 @@ def equalize(
     With ``a`` the channel's range by ``balance`` and ``w`` the greatest magnitude of the weights
     that read it, the factor is ``sqrt(a / w)``, which makes both alike (equation 11 of the paper).
     With ``balance="activations"`` a depthwise reader gets ``a``: each of its channels has a weight
-    scale of its own, so nothing holds the activation back from an even spread. Ranges below 1/128
-    of the tensor's greatest count as that much, so that what is next to dead is not blown up.
+    scale of its own, so nothing holds the activation back from an even spread. Channels with a
+    range below 1/128 of the greatest stay as they are, so that what is next to dead is not blown
+    up.
 
     Layers stay as they were (and are listed, with the reason) where values are clipped or bent in
     between (ReLU6, SiLU, hardswish), where more than one call takes them, as on residual streams,
@@ -131,11 +132,11 @@ def equalize(
     ):
         raise ValueError(f"max_iterations is {max_iterations!r}; give a whole number from 1.")
     found, left_alone = find_pairs(network, run)
-    pairs = [_Pair(network, pair) for pair in found]
+    pairs = [_Pair(network, pair, balance) for pair in found]
     before = [pair.spreads() for pair in pairs]
     num_iterations, moved = 0, float("inf")
     while moved >= _TOLERANCE and num_iterations < max_iterations:
-        moved = max((pair.balance(balance) for pair in pairs), default=0.0)
+        moved = max((pair.balance() for pair in pairs), default=0.0)
         num_iterations += 1
     changed = tuple(
         EqualizedPair(pair.found.first, pair.found.second, (w, after_w), (a, after_a))
@@ -148,28 +149,28 @@ def equalize(
 class _Pair:
     """Parameters on both sides of some channels, and the ranges between them."""
 
-    def __init__(self, network: nn.Module, found: ChannelPair) -> None:
+    def __init__(self, network: nn.Module, found: ChannelPair, balance: Balance) -> None:
         self.found = found
         self._written = network.get_parameter(found.weight)
         self._bias = None if found.bias is None else network.get_parameter(found.bias)
         self._norm = None if found.norm is None else network.get_submodule(found.norm)
         self._reading = network.get_parameter(found.reader)
         self._activation = found.activation.clone()
+        self._balanced = balance
+        written, read = self._ranges()
+        self._alive = _alive(written) & _alive(read)
 
-    def balance(self, balance: Balance) -> float:
+    def balance(self) -> float:
         """Share new factors; the greatest natural logarithm among them."""
+        if not bool(self._alive.any()):
+            return 0.0
+        written, read = self._ranges()
         depthwise = self._reading.shape[1] == 1 and self.found.groups > 1
-        if balance == "activations":
-            written = _bounded(self._activation)
-            factor = written if depthwise else (written / _bounded(self._read())).sqrt()
-        else:
-            factor = (_bounded(self._folded()) / _bounded(self._read())).sqrt()
-        if not bool(torch.isfinite(factor).all()):
-            raise ValueError(
-                f"channels between {self.found.first!r} and {self.found.second!r} have ranges that "
-                "are NaN or infinite. Look at the weights and at the inputs."
-            )
-        factor = factor / factor.log().mean().exp()  # the tensor as a whole keeps its size
+        whole = depthwise and self._balanced == "activations"
+        logarithms = (written if whole else (written / read).sqrt()).log()
+        # The tensor as a whole keeps its size.
+        logarithms = logarithms - logarithms[self._alive].mean()
+        factor = torch.where(self._alive, logarithms.exp(), 1.0)
         self._divide(factor)
         return float(factor.log().abs().max())
 
@@ -192,6 +193,17 @@ class _Pair:
         shape = (*reading.shape[:2], *[1] * (reading.dim() - 2))
         reading.mul_(by_output.reshape(shape).to(reading.dtype))
         self._activation.div_(factor)
+
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        """Of what is written into each channel, and of the weights that read it."""
+        written = self._activation if self._balanced == "activations" else self._folded()
+        read = self._read()
+        if not bool((torch.isfinite(written) & torch.isfinite(read)).all()):
+            raise ValueError(
+                f"channels between {self.found.first!r} and {self.found.second!r} have ranges that "
+                "are NaN or infinite. Look at the weights and at the inputs."
+            )
+        return written, read
 
     def _read(self) -> Tensor:
         """Greatest magnitude of the weights that read each channel."""
@@ -216,11 +228,8 @@ def _rows(factor: Tensor, weight: Tensor) -> Tensor:
     return factor.reshape(-1, *[1] * (weight.dim() - 1)).to(weight.dtype)
 
 
-def _bounded(ranges: Tensor) -> Tensor:
-    greatest = ranges.max()
-    if float(greatest) == 0:
-        return torch.ones_like(ranges)
-    return ranges.clamp_min(greatest * _LEAST_RANGE)
+def _alive(ranges: Tensor) -> Tensor:
+    return (ranges > 0) & (ranges >= ranges.max() * _LEAST_RANGE)
 
 
 def _spread(ranges: Tensor) -> float:

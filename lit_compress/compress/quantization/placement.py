@@ -102,7 +102,7 @@ def place(network: nn.Module, trace: Trace, scheme: QuantizationScheme) -> Place
             + "."
         )  # fmt: skip
     flow = Flow(network, trace, quantized)
-    calls = {name: trace.calls[name] for name in quantized}
+    calls = {name: call for name, call in trace.calls.items() if name in quantized}
     activations = flow.activations(scheme)
     inputs = {name: flow.before_dropout(str(call.inputs[0])) for name, call in calls.items()}
     weights = {name: str(call.weight) for name, call in calls.items()}

@@ -131,13 +131,15 @@ class PostTrainingScheme:
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
         self._refuse_arguments_of_others()
 
-    @property
-    def needs_batches(self) -> bool:
-        """Whether there must be calibration batches."""
-        half_or_linear = self.method in ("float16", "bfloat16") or self.method.endswith("_linear")
-        if self.method == "fixed_point":
-            return (self.fixed_point or FixedPoint()).activation_bits is not None
-        return not half_or_linear
+    def num_batches(self, available: int) -> int:
+        """How many calibration batches are used where so many are available, at least 1."""
+        fixed_point = self.fixed_point or FixedPoint()
+        if self.method.endswith("_linear"):
+            return 0
+        if self.method == "fixed_point" and fixed_point.activation_bits is None:
+            return 0
+        ranges = self.method in ("static", "fixed_point")
+        return available if ranges or self.corrections else 1  # to see what is computed
 
     def quantizers(self, per_tensor_weights: Sequence[str] = ()) -> QuantizationScheme:
         """The scheme of the quantizers, for the methods that have them.
@@ -239,7 +241,9 @@ def quantize_after_training(
                 f"{f' (in {name!r})' if name else ''}; load the float weights into a new module, "
                 "or take the quantization off first."
             )
-    if scheme.needs_batches and not len(batches):
+    batches = batches[: scheme.num_batches(max(len(batches), 1))]
+    needs_batches = scheme.num_batches(1) > 0 and scheme.method not in ("float16", "bfloat16")
+    if needs_batches and not len(batches):
         raise ValueError(
             f"there is no calibration batch, and method={scheme.method!r} needs at least one of "
             "training data to see what the network computes; give batches."
@@ -270,8 +274,6 @@ def _with_quantizers(
 ) -> PostTrainingOutcome:
     remarks: list[str] = []
     float_weights: Mapping[str, Tensor] | None = None
-    if scheme.method != "static" and not scheme.corrections:
-        batches = batches[:1]  # their ranges are of weights only
     if "equalization" in scheme.corrections:
         remarks.append(str(equalize(network, lambda net: forward(net, batches[0]))))
     quantization = prepare(
@@ -294,8 +296,6 @@ def _with_quantizers(
 def _in_fixed_point(
     network: nn.Module, fixed_point: FixedPoint, batches: Sequence[Any], forward: Forward
 ) -> PostTrainingOutcome:
-    if fixed_point.activation_bits is None:
-        batches = ()
     record = quantize_fixed_point(network, fixed_point, batches, forward).record
     note_conversion(network, record)
     clipped = [t for t in record.tensors if t.num_overflow]
@@ -329,7 +329,7 @@ def _in_half(
         remarks.append(f"{count} weights other than zero became zero in {dtype}.")
     if record.kept:
         remarks.append(f"{len(record.kept)} tensors of batch and instance norms stay in float32.")
-    return PostTrainingOutcome((), {}, tuple(remarks), min(len(batches), 1))
+    return PostTrainingOutcome((), {}, tuple(remarks), len(batches))
 
 
 def _on_linear_kernels(network: nn.Module, scheme: PostTrainingScheme) -> PostTrainingOutcome:
@@ -366,9 +366,9 @@ def _explaining(forward: Forward, batches: Sequence[Any]) -> Forward:
 
 
 def _finite(network: nn.Module, batches: Sequence[Any], forward: Forward) -> bool:
-    """Whether the outputs on the first batch are; also where there is none."""
+    """Whether the outputs are; also where there is no batch."""
     with torch.no_grad(), evaluation_mode(network):
-        outputs = [tensors_in(forward(network, batch)) for batch in batches[:1]]
+        outputs = [tensors_in(forward(network, batch)) for batch in batches]
     return all(bool(t.isfinite().all()) for each in outputs for t in each)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_compress.compress.calibration import Forward
-from lit_compress.compress.quantization.calls import record_calls
+from lit_compress.compress.quantization.calls import Trace, record_calls
 from lit_compress.compress.quantization.layer_runs import calibrated, without_rounding
 from lit_compress.compress.quantization.layer_samples import LayerSamples, gather_samples
 from lit_compress.compress.quantization.network import Quantization
@@ -40,8 +40,8 @@ class RoundedLayer:
     Attributes:
         layer: Its name.
         flipped: Share of its weights that are not rounded to the nearest, 0 to 1.
-        error_before: Squared error of its output, rounded to the nearest, relative to the variance
-            of the float layer's output.
+        error_before: Squared error of its output, rounded to the nearest, relative to the mean
+            square of the float layer's output.
         error_after: The same with the rounding it has now.
     """
 
@@ -126,8 +126,10 @@ def round_adaptively(
             "there was no batch to learn the rounding from; give at least one batch of training "
             "data."
         )
-    clips = _clips(network, forward, batches[0])
-    calls, left_alone = _candidates(quantization)
+    with without_rounding(network):
+        trace = record_calls(network, lambda model: forward(model, batches[0]))
+    clips = _clips(trace)
+    calls, left_alone = _candidates(quantization, trace)
     result = AdaptiveRounding((), left_alone, {})
     for index, (call, name) in enumerate(calls.items()):
         layer, weight = name.rpartition(".")[0], network.get_parameter(name)
@@ -164,13 +166,16 @@ def _check(
             raise ValueError(f"{what} is {number!r}; give a number above 0.")
 
 
-def _candidates(quantization: Quantization) -> tuple[dict[str, str], dict[str, str]]:
-    """Calls and their weights, and the layers that cannot be done, with the reason."""
+def _candidates(quantization: Quantization, trace: Trace) -> tuple[dict[str, str], dict[str, str]]:
+    """Calls in forward order and their weights, and why other layers cannot be done."""
     calls, left_alone = {}, {}
-    uses = Counter(quantization.placement.weights.values())
-    for call, name in quantization.placement.weights.items():
+    weights = quantization.placement.weights
+    uses = Counter(weights.values())
+    for call, name in weights.items():
         layer = name.rpartition(".")[0]
-        if uses[name] > 1:
+        if call not in trace.calls:
+            left_alone[layer] = "the first batch did not reach it"
+        elif uses[name] > 1:
             left_alone[layer] = "several calls share its weight"
         elif ":conv_transpose" in call:
             left_alone[layer] = "transposed convolutions are rounded to the nearest"
@@ -178,13 +183,11 @@ def _candidates(quantization: Quantization) -> tuple[dict[str, str], dict[str, s
             left_alone[layer] = "its equal weights are to stay equal (per_tensor_weights)"
         else:
             calls[call] = name
-    return calls, left_alone
+    return {call: calls[call] for call in trace.calls if call in calls}, left_alone
 
 
-def _clips(network: nn.Module, forward: Forward, batch: Any) -> dict[str, str]:
+def _clips(trace: Trace) -> dict[str, str]:
     """By name of a call: the ReLU that alone takes what it gives."""
-    with without_rounding(network):
-        trace = record_calls(network, lambda model: forward(model, batch))
     users = trace.users()
     found = {}
     for name in trace.calls:

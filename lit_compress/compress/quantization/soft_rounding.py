@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class LayerProblem:
     behind: Callable[[Tensor], Tensor]
 
     def error(self, weight: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Squared error relative to the variance of the targets, a scalar.
+        """Squared error relative to the mean square of the targets, a scalar.
 
         Args:
             weight: ``[channels, ...]``.
@@ -48,12 +49,13 @@ class LayerProblem:
         y = torch.bmm(patches, rows.transpose(1, 2))  # [groups, samples, channels of a group]
         y = y.transpose(0, 1).flatten(1)
         y = self.behind(y if self.bias is None else y + self.bias)
-        return (y - targets).square().mean() / self._variance
+        return (y - targets).square().mean() / self._size
 
-    @property
-    def _variance(self) -> Tensor:
-        variance = self.targets.var(0, correction=0).mean()
-        return variance.clamp_min(torch.finfo(torch.float32).tiny)
+    @cached_property
+    def _size(self) -> Tensor:
+        """Mean square of the targets; 1 where all of them are zero."""
+        size = self.targets.square().mean()
+        return torch.where(size > torch.finfo(torch.float32).tiny, size, 1.0)
 
 
 class SoftRounding:
@@ -127,9 +129,9 @@ def learn(
 ) -> tuple[Tensor, float, float]:
     """Learn up or down for each weight of a layer.
 
-    The error is taken relative to the targets' variance and times the number of channels, so that
-    ``regularization`` means the same for every layer; for outputs of variance 1, as behind a batch
-    norm, this is the paper's loss.
+    The error is taken relative to the targets' mean square and times the number of channels, so
+    that ``regularization`` means the same for every layer; for outputs of mean square 1, as behind
+    a batch norm, this is the paper's loss.
 
     Args:
         problem: The layer.
