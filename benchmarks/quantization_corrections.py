@@ -44,7 +44,7 @@ from lit_compress.compress.quantization.bias_correction import correct_bias
 from lit_compress.compress.quantization.equalization import equalize
 from lit_compress.compress.quantization.network import calibrate, prepare
 from lit_compress.compress.quantization.rounding import round_adaptively
-from lit_compress.compress.quantization.scheme import QuantizationScheme
+from lit_compress.compress.quantization.scheme import QuantizationScheme, WeightRanges
 from lit_compress.tasks import CIFAR10JPEGDataModule, DigitsDataModule, ImageClassifier
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "quantization_corrections.json"
@@ -74,7 +74,7 @@ class Settings:
     test_images: int = 2000
     num_iterations: int = 500
     num_samples: int = 10_000
-    weight_ranges_below_8_bits: str = "mse"
+    weight_ranges: WeightRanges = "mse"  # below 8 bits; at 8 bits "minmax"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def quantized(
     scheme = QuantizationScheme(
         weight_bits=point.weight_bits,
         activation_bits=point.activation_bits,
-        weight_ranges="mse" if point.weight_bits < 8 else "minmax",
+        weight_ranges=settings.weight_ranges if point.weight_bits < 8 else "minmax",
     )
     prepare(network, scheme, run)
     calibrate(network, forward, batches, ranges=point.ranges)  # type: ignore[arg-type]

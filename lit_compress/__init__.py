@@ -5,7 +5,9 @@ from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.loading import load_compressed
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
 from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.compress.channels.penalty import ChannelPenalty
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.schedules import Schedule
@@ -28,8 +30,10 @@ __all__ = [
     "FeatureMatching",
     "MagnitudeSparsity",
     "ModelMeasures",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "Schedule",
+    "WeightClustering",
     "compare_latency",
     "count_macs",
     "load_compressed",

@@ -4,7 +4,9 @@ from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
 from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lit_compress.callbacks.weight_clustering import WeightClustering
 
 __all__ = [
     "ChannelPruning",
@@ -12,5 +14,7 @@ __all__ = [
     "Distillation",
     "FeatureMatching",
     "MagnitudeSparsity",
+    "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "WeightClustering",
 ]

@@ -70,7 +70,9 @@ class PostTrainingResult:
         for name in dict.fromkeys((*self.metrics_before, *self.metrics_after)):
             before, after = self.metrics_before.get(name), self.metrics_after.get(name)
             change = f"{self.difference[name]:+.4f}" if name in self.difference else UNKNOWN
-            rows.append((name, shown(before, "{:.4f}".format), shown(after, "{:.4f}".format), change))
+            rows.append(
+                (name, shown(before, "{:.4f}".format), shown(after, "{:.4f}".format), change)
+            )
         ratio = self.size_bytes_after / max(self.size_bytes_before, 1)
         sizes = megabytes(self.size_bytes_before), megabytes(self.size_bytes_after)
         return [*rows, ("size of tensors", *sizes, f"{TIMES}{ratio:.3g}")]

@@ -291,4 +291,5 @@ def clustered_weights(
 
 
 def _name(pl_module: pl.LightningModule, network: nn.Module) -> str:
-    return next(name for name, module in pl_module.named_modules() if module is network)
+    name: str = next(n for n, module in pl_module.named_modules() if module is network)
+    return name

@@ -24,6 +24,8 @@ from lit_compress.callbacks._network_calls import (
     find_network,
     is_compiled,
 )
+from lit_compress.compress.quantization.network import Quantization, without_quantizers
+from lit_compress.compress.quantization.quantizers import WeightQuantizer
 from lit_compress.measure import (
     CompressionReport,
     ExampleInputs,
@@ -36,6 +38,8 @@ from lit_compress.measure.inputs import with_batch_size
 from lit_compress.measure.plain import from_plain, to_plain
 
 __all__ = ["CompressionSummary"]
+
+_NOTHING: tuple[int, ...] = ()
 
 
 class CompressionSummary(pl.Callback):
@@ -81,10 +85,10 @@ class CompressionSummary(pl.Callback):
         self.network = network
         self.report: CompressionReport | None = None
         self._dense: ModelMeasures | None = None
-        self._dense_state = (0, 0)  # weights and zeros among them, before
+        self._dense_state = _NOTHING  # weights, zeros among them and quantizers at work, before
         self._dense_metrics: dict[str, float] = {}
         self._latest_metrics: dict[str, float] = {}
-        self._latest_state = (0, 0)  # the same when the latest metrics were taken
+        self._latest_state = _NOTHING  # the same when the latest metrics were taken
         self._dense_copies: list[nn.Module] = []  # in a list, where nobody takes it for a child
         self._inputs: ExampleInputs | None = None
         self._watching = ExitStack()
@@ -107,10 +111,10 @@ class CompressionSummary(pl.Callback):
         network = self._network_of(pl_module)
         if not self._restored:
             self._dense, self._dense_metrics = None, {}
-            self._dense_state = _weights_and_zeros(network)
+            self._dense_state = _numbers(network)
             self._dense_copies = [copy.deepcopy(network).cpu()] if trainer.is_global_zero else []
         self._restored = False
-        self._latest_metrics, self._latest_state = {}, (0, 0)
+        self._latest_metrics, self._latest_state = {}, _NOTHING
         if trainer.is_global_zero and not is_compiled(pl_module):
             self._calls = NetworkCalls(network, requires_grad=False)
             self._calls.install()
@@ -131,7 +135,7 @@ class CompressionSummary(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING or partial:
             return
         self._latest_metrics = _validation_metrics(trainer)
-        self._latest_state = _weights_and_zeros(self._network_of(pl_module))
+        self._latest_state = _numbers(self._network_of(pl_module))
         if self._latest_state == self._dense_state:
             self._dense_metrics = self._latest_metrics
 
@@ -144,10 +148,10 @@ class CompressionSummary(pl.Callback):
     ) -> None:
         """Take the metrics that ``PostTrainingQuantization`` found before and after."""
         network = self._network_of(pl_module)
-        if not self._dense_metrics and _weights_and_zeros(network) == self._dense_state:
+        if not self._dense_metrics and _numbers(network)[:2] == self._dense_state[:2]:
             self._dense_metrics = dict(before)
         self._latest_metrics = dict(after)
-        self._latest_state = _weights_and_zeros(network)
+        self._latest_state = _numbers(network)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure, compare, print, write and log."""
@@ -220,16 +224,25 @@ class CompressionSummary(pl.Callback):
         dense, notes = self._dense, []
         if dense is None:
             dense = measure_model(self._dense_copies[0], self._inputs, name="dense")
-        compressed = measure_model(network, self._inputs, name="compressed")
+        if quantizations := _at_work(network):
+            every = [quantizer for found in quantizations for quantizer in found.quantizers]
+            bits = sorted({q.grid.bits for q in every if isinstance(q, WeightQuantizer)})
+            notes.append(
+                f"The network is quantized, its weights to {' and '.join(map(str, bits))} bits. "
+                "Sizes and latency are of its weights in floating point; those of integers are "
+                "the exported file's."
+            )
+        counted = without_quantizers(copy.deepcopy(network)) if quantizations else network
+        compressed = measure_model(counted, self._inputs, name="compressed")
         metrics = self._latest_metrics
-        if metrics and self._latest_state != _weights_and_zeros(network):
+        if metrics and self._latest_state != _numbers(network):
             metrics = {}
             notes.append("The network was not validated after it was last changed.")
         if self._inputs is None:
             notes.append("No input was seen, so there are no multiply-adds and no latency.")
         elif self.latency and self._dense_copies:
             copied = self._dense_copies[0].to(device)
-            times = compare_latency(copied, network, self._inputs)
+            times = compare_latency(copied, counted, self._inputs)
             dense = replace(dense, latency=(times.a,))
             compressed = replace(compressed, latency=(times.b,))
         elif self.latency:
@@ -242,14 +255,19 @@ class CompressionSummary(pl.Callback):
         )
 
 
-def _weights_and_zeros(network: nn.Module) -> tuple[int, int]:
-    """How many weights there are, and how many are zero: by these a changed network is known.
+def _numbers(network: nn.Module) -> tuple[int, ...]:
+    """Weights, zeros among them, and quantizers at work: by these a changed network is known.
 
     Biases and norms are left out; they often begin as zeros and do not stay so.
     """
     rows = layer_complexity(network)
     weights = sum(row.num_weights for row in rows)
-    return weights, weights - sum(row.num_nonzero_weights for row in rows)
+    zeros = weights - sum(row.num_nonzero_weights for row in rows)
+    return weights, zeros, sum(len(found.quantizers) for found in _at_work(network))
+
+
+def _at_work(network: nn.Module) -> list[Quantization]:
+    return [m for m in network.modules() if isinstance(m, Quantization) and m.quantizing]
 
 
 def _validation_metrics(trainer: pl.Trainer) -> dict[str, float]:

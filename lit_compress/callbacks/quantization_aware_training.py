@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._cut_in_fit import rewrap
 from lit_compress.callbacks._network_calls import find_network
+from lit_compress.callbacks._quantization_moments import QuantizationMoments
 from lit_compress.callbacks._quantizers_in_fit import (
     CallWatch,
     FrozenBatchNorms,
@@ -34,7 +35,7 @@ from lit_compress.callbacks._requirements import (
     refuse_sharded_strategy,
     refuse_spawned_processes,
 )
-from lit_compress.callbacks._run_clock import current_moment, resolved_moment
+from lit_compress.callbacks._run_clock import current_moment
 from lit_compress.callbacks._stage_order import (
     Stage,
     StageSpan,
@@ -53,7 +54,7 @@ from lit_compress.compress.quantization.network import (
     remove_quantization,
 )
 from lit_compress.compress.quantization.scheme import QuantizationScheme
-from lit_compress.compress.quantization.training_plan import Moment, QuantizationPlan, check_moments
+from lit_compress.compress.quantization.training_plan import Moment, QuantizationPlan
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -158,8 +159,10 @@ class QuantizationAwareTraining(pl.Callback):
             quantize_first_layer,
             quantize_last_layer,
         )
-        check_moments(begin, freeze_batch_norm, freeze_ranges, unit)
-        _check_initial_bits(initial_weight_bits, weight_bits)
+        self.moments = QuantizationMoments(
+            begin, freeze_batch_norm, freeze_ranges, initial_weight_bits, unit
+        )
+        self.moments.check_bits(weight_bits)
         if isinstance(num_calibration_batches, bool) or not (
             isinstance(num_calibration_batches, int) and num_calibration_batches >= 1
         ):
@@ -171,11 +174,6 @@ class QuantizationAwareTraining(pl.Callback):
             raise ValueError(
                 f"network is {network!r}; give its dotted name in the LightningModule."
             )
-        self.begin = begin
-        self.freeze_batch_norm = freeze_batch_norm
-        self.freeze_ranges = freeze_ranges
-        self.initial_weight_bits = initial_weight_bits
-        self.unit = unit
         self.num_calibration_batches = num_calibration_batches
         self.network = network
 
@@ -194,7 +192,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Carry the quantizers in checkpoints; refuse what cannot work before it is loaded."""
         carry_structure(pl_module)
         if stage == "fit":
-            self._restored = None  # evaluating a checkpoint leaves its state here
+            self._plan = self._restored = None  # evaluating a checkpoint leaves its state here
             check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
@@ -212,7 +210,8 @@ class QuantizationAwareTraining(pl.Callback):
         if state is None or state["declared"] != self._declared or not is_quantized(network):
             self._refuse_other_scales(state)
             draw_batches(trainer, 1)  # says so now if there are none
-            self._plan, self._resumes = self._resolved_plan(trainer), False
+            self._plan = self.moments.resolve(trainer, self.scheme, type(self).__name__)
+            self._resumes = False
         else:
             # The run keeps the moments it was started with, also when max_epochs has grown.
             self._plan, self._resumes = QuantizationPlan(**state["plan"]), True
@@ -287,13 +286,13 @@ class QuantizationAwareTraining(pl.Callback):
         network, plan, name = self._network(pl_module), self._active_plan, type(self).__name__
         if not quantized_network(network).quantizing:
             rank_zero_warn(
-                f"{name}: training ended before {self.unit} {plan.begin}, where rounding begins; "
+                f"{name}: training ended before {self.moments.unit} {plan.begin}, where rounding begins; "
                 "the network was not trained with integers. Train longer, or begin earlier."
             )
         elif plan.least_bits(self._now) > plan.last_bits:
             rank_zero_warn(
                 f"{name}: training ended with {plan.least_bits(self._now)} bits; {plan.last_bits} "
-                f"are reached at {self.unit} {plan.bits_end}. Train longer."
+                f"are reached at {self.moments.unit} {plan.bits_end}. Train longer."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -342,8 +341,8 @@ class QuantizationAwareTraining(pl.Callback):
 
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """From where rounding begins to the end of the run."""
-        begin = self._active_plan.begin if resolved else self.begin
-        return StageSpan(begin, math.inf, self.unit)
+        moments = self._plan if resolved else self.moments
+        return None if moments is None else StageSpan(moments.begin, math.inf, self.moments.unit)
 
     @property
     def _active_plan(self) -> QuantizationPlan:
@@ -353,15 +352,10 @@ class QuantizationAwareTraining(pl.Callback):
     @property
     def _declared(self) -> str:
         """What the run is to reach and when, to recognise a checkpoint of the same run."""
-        return (
-            f"{self.scheme}, {self.begin}, {self.freeze_batch_norm}, {self.freeze_ranges}, "
-            f"{self.initial_weight_bits}, {self.unit}"
-        )
+        return f"{self.scheme}, {self.moments}"
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        network = find_network(pl_module, self.network)
-        original: nn.Module = getattr(network, "_orig_mod", network)
-        return original
+        return find_network(pl_module, self.network)
 
     @property
     def _learns(self) -> bool:
@@ -388,29 +382,6 @@ class QuantizationAwareTraining(pl.Callback):
                 "weights: load_compressed(checkpoint, module), then fit without ckpt_path."
             )
 
-    def _resolved_plan(self, trainer: pl.Trainer) -> QuantizationPlan:
-        def at(name: str, moment: Moment) -> int:
-            return resolved_moment(trainer, moment, self.unit, type(self).__name__, name)
-
-        def maybe(name: str, moment: Moment | None) -> int | None:
-            return None if moment is None else at(name, moment)
-
-        begin = at("begin", self.begin)
-        freeze_batch_norm = maybe("freeze_batch_norm", self.freeze_batch_norm)
-        freeze_ranges = maybe("freeze_ranges", self.freeze_ranges)
-        last = min((self.scheme.weight_bits, *self.scheme.layer_bits.values()))
-        first = last if self.initial_weight_bits is None else self.initial_weight_bits
-        end = begin
-        if first > last:
-            end = at("the end", 1.0) if freeze_ranges is None else freeze_ranges
-            if end <= begin:
-                raise MisconfigurationException(
-                    f"{type(self).__name__}: weights lose bits from begin ({self.unit} {begin}) to "
-                    f"freeze_ranges ({self.unit} {end}), which is not later. Begin earlier, freeze "
-                    "ranges later, or leave initial_weight_bits out."
-                )
-        return QuantizationPlan(begin, freeze_batch_norm, freeze_ranges, end, first, last)
-
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = self._network(pl_module)
         if is_quantized(network):
@@ -420,7 +391,7 @@ class QuantizationAwareTraining(pl.Callback):
         quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
         rank_zero_info(f"{type(self).__name__}: {quantization.placement}")
         quantization.least_weight_bits = self._active_plan.first_bits
-        self._now = current_moment(trainer, pl_module, self.unit)
+        self._now = current_moment(trainer, pl_module, self.moments.unit)
         self._calibrate(trainer, pl_module, sample)
         quantization.set_mode(observing=False, quantizing=False)
         train_scales(trainer, network)
@@ -441,7 +412,7 @@ class QuantizationAwareTraining(pl.Callback):
         self._calibrated_at = self._now
 
     def _follow_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._now = now = current_moment(trainer, pl_module, self.unit)
+        self._now = now = current_moment(trainer, pl_module, self.moments.unit)
         plan, network = self._active_plan, self._network(pl_module)
         quantization = quantized_network(network)
         before = (quantization.quantizing, quantization.least_weight_bits)
@@ -474,13 +445,3 @@ class QuantizationAwareTraining(pl.Callback):
             removable.remove()
         self._bound.clear()
         self._calls = None
-
-
-def _check_initial_bits(initial: int | None, final: int) -> None:
-    if initial is None:
-        return
-    if isinstance(initial, bool) or not isinstance(initial, int) or not final <= initial <= 8:
-        raise ValueError(
-            f"initial_weight_bits is {initial!r}; expected a whole number from weight_bits "
-            f"({final}) to 8, or nothing."
-        )

@@ -51,7 +51,9 @@ def quantize(args: Sequence[str]) -> None:
     assert result is not None, "the fit has not ended"
     print(result)
     written = _write(options, trainer, subject.module)
-    print("\n" + "\n".join(f"{name}: {path}, {megabytes(n)}" for name, (path, n) in written.items()))
+    print(
+        "\n" + "\n".join(f"{name}: {path}, {megabytes(n)}" for name, (path, n) in written.items())
+    )
     if options.json is not None:
         files = {name: {"path": path, "bytes": size} for name, (path, size) in written.items()}
         text = json.dumps({**to_plain(result), "files": files}, indent=2)

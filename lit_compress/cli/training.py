@@ -17,6 +17,7 @@ from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
 from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.cli import COMMANDS
@@ -34,6 +35,7 @@ NAMED_CALLBACKS: dict[str, type[Callback]] = {
     "sparsity": MagnitudeSparsity,
     "clustering": WeightClustering,
     "quantization": QuantizationAwareTraining,
+    "ptq": PostTrainingQuantization,
     "summary": CompressionSummary,
 }
 

@@ -15,6 +15,7 @@ import torch
 from lit_compress.compress.quantization.integers import Spelling
 from lit_compress.deploy.exporting import program_for_any_batch
 from lit_compress.deploy.flat_call import FlatCall
+from lit_compress.deploy.onnx_stem import put_stem_on_blocks
 from lit_compress.deploy.route import Route, Runner, Tensors, needs_extra
 
 __all__ = ["OnnxRoute", "fused_operators"]
@@ -50,6 +51,8 @@ class OnnxRoute(Route):
         assert exported is not None
         model = exported.model_proto
         _drop_provenance(model.graph)
+        if integers:
+            put_stem_on_blocks(model.graph)
         onnx.save(model, str(path))
 
     def recognizes(self, head: bytes) -> bool:

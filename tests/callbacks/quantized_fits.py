@@ -91,10 +91,11 @@ def integers(module: nn.Module, name: str) -> Tensor:
 class Steps(pl.Callback):
     """Notes something after each step, when the callbacks before it have run."""
 
-    def __init__(self, look: Any) -> None:
+    def __init__(self, look: Any = None) -> None:
         self.look = look
         self.seen: list[Any] = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):  # type: ignore[no-untyped-def]
         """Note what ``look`` says of the module."""
-        self.seen.append(self.look(pl_module))
+        if self.look is not None:
+            self.seen.append(self.look(pl_module))

@@ -43,9 +43,9 @@ def test_a_cut_in_mid_fit_takes_the_scales_along(tmp_path, ranges):
     whole = fit(*callbacks(), watch, seen, save, enable_checkpointing=True)
     assert watch.firsts == [8, 8, *[4] * 14]
     assert [s["4.weight"] for s in seen.seen] == [16, 16, *[8] * 14]
-    assert int(integers(whole, "4.weight").abs().max()) == 7
     resumed = fit(*callbacks(), ckpt_path=tmp_path / "step=8.ckpt", seed=2)
     assert same_state(whole, resumed)
+    assert int(integers(whole, "4.weight").abs().max()) == 7
     loaded = load_compressed(tmp_path / "step=16.ckpt", Net)
     assert torch.equal(loaded.eval()(IMAGES), whole.eval()(IMAGES))
 
@@ -99,7 +99,7 @@ def test_masked_weights_are_zero_integers(ranges):
 @pytest.mark.parametrize("ranges", ["observed", "learned"])
 def test_clusters_stay_clusters_in_integers(ranges):
     def look(module):
-        return [
+        return quantizers(module).quantizing and [
             (
                 len(module.model.get_parameter(name).unique()),
                 len(integers(module, name).unique()),
@@ -125,18 +125,18 @@ def test_a_snapshot_teacher_stays_in_floating_point(tmp_path):
     class Teacher(Steps):
         def on_train_batch_end(self, trainer, pl_module, *args):
             (distillation,) = (c for c in trainer.callbacks if isinstance(c, Distillation))
-            network = distillation._teacher.network
+            network = distillation._teachers[0].network
             self.seen.append([module for module in network.modules() if is_quantized(module)])
             self.weight = network.state_dict()["8.weight"].clone()
 
     def callbacks():
         return [Distillation(), qat(4)]
 
-    first = Teacher(None)
+    first = Teacher()
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=8, save_top_k=-1)
     whole = fit(*callbacks(), first, save, enable_checkpointing=True)
     assert first.seen == [[]] * 16
-    resumed = Teacher(None)
+    resumed = Teacher()
     module = fit(*callbacks(), resumed, ckpt_path=tmp_path / "step=8.ckpt", seed=2)
     assert resumed.seen == [[]] * 8
     assert torch.equal(first.weight, resumed.weight)
@@ -164,7 +164,7 @@ def test_an_exponential_average_is_quantized_and_has_the_ranges(ranges, first):
     callbacks = [ema, qat(4, ranges=ranges, begin=2)]
     module = Net()
     runner = trainer(
-        callbacks=[*(callbacks if first else reversed(callbacks)), Look(None)], max_epochs=2
+        callbacks=[*(callbacks if first else reversed(callbacks)), Look()], max_epochs=2
     )
     runner.fit(module, loader(), loader(8))
     assert len(found) > 4

@@ -13,11 +13,22 @@ import yaml
 from lit_compress import CompressionReport, load_compressed
 from lit_compress.cli import main
 from lit_compress.compress.channels.tracing import find_channel_groups
+from lit_compress.compress.quantization.network import is_quantized, quantized_network
 from lit_compress.tasks import ImageClassifier, build_model
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 ROUND_TO = 8
+NETWORKS = (
+    "resnet20", "resnet18", "resnet50", "mobilenet", "mobilenet-v2", "vgg16", "vgg16-bn",
+    "efficientnet-b0",
+)  # fmt: skip
+NUMBERS = ("quantization", "ptq")
+METHODS = {
+    "ptq-static": "ptq", "ptq-dynamic": "ptq", "ptq-float16": "ptq", "qat": "quantization",
+    "qat-late": "quantization", "qat-w4": "quantization", "clustering-16": "clustering",
+    "sparse-int8": "sparsity", "cluster-int8": "clustering", "prune-int8": "pruning",
+}  # fmt: skip
 COMMAND = re.compile(r"# (lit-compress .+)")
 
 
@@ -38,7 +49,11 @@ def made_small(command: tuple[str, ...]) -> list[str]:
     small = Path(command[-1]).parent / "small.yaml"
     if not small.is_file():
         return [*command, "--trainer.max_epochs=2", "--summary.latency=false"]
-    return [*command] if str(small) in command else [*command, "--config", str(small)]
+    if str(small) in command:
+        return [*command]
+    # After the last file, before what the command sets itself.
+    files = max(index for index, word in enumerate(command) if word.endswith(".yaml")) + 1
+    return [*command[:files], "--config", str(small), *command[files:]]
 
 
 def test_recipes_are_found():
@@ -68,14 +83,45 @@ def test_recipe_runs(command):
     config = yaml.safe_load(file.read_text())
     report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
     assert report.dense.sparsity < 0.01
-    assert config["sparsity"] or config["pruning"]
+    assert any(config[name] for name in ("sparsity", "pruning", "clustering", *NUMBERS))
     if config["sparsity"]:
         target = config["sparsity"]["final_sparsity"]
         # The report counts depthwise weights too, which are left dense.
         assert target - 0.03 < report.compressed.sparsity <= target + 1e-4
     if config["pruning"]:
         assert report.compressed.num_params < report.dense.num_params
-        check_channels(config, report, next(Path.cwd().rglob("*.ckpt")))
+        check_channels(config, report, last_checkpoint())
+    if config["clustering"]:
+        check_clusters(config)
+    if any(config[name] for name in NUMBERS):
+        check_numbers(config)
+
+
+def last_checkpoint():
+    return max(Path.cwd().rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+
+
+def check_clusters(config):
+    """No layer has more distinct values than the recipe declares."""
+    most = config["clustering"]["num_clusters"]
+    weights = torch.load(last_checkpoint(), weights_only=True)["state_dict"]
+    layers = [w for name, w in weights.items() if name.endswith("weight") and w.dim() > 1]
+    assert layers
+    assert all(len(weight.unique()) <= most for weight in layers)
+
+
+def check_numbers(config):
+    """The model that comes back has weights of the bits that the recipe declares."""
+    declared = config["quantization"] or config["ptq"]
+    model = load_compressed(last_checkpoint(), ImageClassifier).model
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    if declared.get("method") == "float16":
+        assert {layer.weight.dtype for layer in layers} == {torch.float16}
+        return
+    assert is_quantized(model)
+    quantizers = quantized_network(model).weights
+    assert {q.grid.bits for q in quantizers.values()} == {declared["weight_bits"]}
+    assert len(quantizers) == len(layers)
 
 
 def check_channels(config, report, checkpoint):
@@ -141,6 +187,17 @@ def test_pruning_is_layered_with_distillation_and_sparsity(capsys):
     assert config["pruning"]["penalty"] == {"strength": 0.01, "kind": "l2", "begin": 0}
     assert config["sparsity"]["final_sparsity"] == 0.5
     assert config["distillation"]["temperature"] == 4.0
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_any_network_is_layered_with_any_method(network, capsys):
+    folder = ROOT / "recipes" / "cifar10"
+    for method, name in METHODS.items():
+        files = [f"--config={folder / layer}.yaml" for layer in (network, method)]
+        assert main(["fit", *files, "--print_config"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config[name], method
+        assert config["data"]["class_path"].endswith("CIFAR10JPEGDataModule")
 
 
 def test_quickstart_reaches_97_percent_at_90_percent_sparsity():

@@ -87,6 +87,17 @@ class Quantization(nn.Module):
         return any(q.quantizing for q in self.quantizers)
 
     @contextmanager
+    def in_floating_point(self) -> Iterator[None]:
+        """Inside, nothing is rounded and no range moves; afterwards all is as it was."""
+        modes = [(q, q.observing, q.quantizing) for q in self.quantizers]
+        self.set_mode(observing=False, quantizing=False)
+        try:
+            yield
+        finally:
+            for quantizer, observing, quantizing in modes:
+                quantizer.observing, quantizer.quantizing = observing, quantizing
+
+    @contextmanager
     def observed_by(self, observers: Mapping[str, RangeObserver]) -> Iterator[None]:
         """Inside, observers see the activations, by the keys of :attr:`activations`."""
         self._observers = observers

@@ -94,7 +94,7 @@ def find_pairs(
 
 
 def _layer(call: Call) -> str:
-    return call.weight.rpartition(".")[0] if call.weight else call.module
+    return call.weight.rpartition(".")[0] if call.weight else call.module or call.name
 
 
 class _Flow:

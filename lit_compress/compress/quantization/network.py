@@ -197,7 +197,8 @@ def _quantized_class(original: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, protocol: Any) -> Any:
         # The class has no name of its own under which pickle would find it.
         constructor, arguments, *rest = super(quantized, self).__reduce_ex__(protocol)
-        return (_unpickled, (original, constructor, *arguments), *rest)
+        named = (original if a is quantized else a for a in arguments)
+        return (_unpickled, (original, constructor, *named), *rest)
 
     body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, _ORIGINAL: original,
             "__module__": original.__module__, "__doc__": original.__doc__,
@@ -250,6 +251,8 @@ def _refuse_unsuitable(network: nn.Module) -> None:
             "the network is compiled by torch.compile, which has fixed what it computes; quantize "
             "the module itself and compile afterwards."
         )
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError(f"{name} is a TorchScript module; quantize the Python module instead.")
     own = vars(network).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(network).forward:
         raise ValueError(
@@ -257,8 +260,6 @@ def _refuse_unsuitable(network: nn.Module) -> None:
             "never run; quantize the network first and replace forward afterwards, or write a "
             "subclass."
         )
-    if isinstance(network, torch.jit.ScriptModule):
-        raise ValueError(f"{name} is a TorchScript module; quantize the Python module instead.")
     if is_quantized(network):
         raise ValueError(f"{name} is quantized already; remove_quantization takes it off.")
     if hasattr(network, _CHILD):
@@ -307,9 +308,13 @@ def calibrate(
     observers = {}
     if grid is not None:
         observers = {key: range_observer(ranges, grid, percentile=percentile) for key in observed}
-    quantization.set_mode(observing=False, quantizing=False)
     count = 0
-    with quantization.observed_by(observers), torch.no_grad(), evaluation_mode(network):
+    with (
+        quantization.in_floating_point(),
+        quantization.observed_by(observers),
+        torch.no_grad(),
+        evaluation_mode(network),
+    ):
         for batch in batches:
             forward(network, batch)
             count += 1

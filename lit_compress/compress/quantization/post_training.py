@@ -334,9 +334,7 @@ def _in_half(
 
 def _on_linear_kernels(network: nn.Module, scheme: PostTrainingScheme) -> PostTrainingOutcome:
     kinds = {f"{kind}_linear": kind for kind in get_args(LinearKind)}
-    kernels = quantize_linears(
-        network, kinds[scheme.method], ignored_layers=scheme.ignored_layers
-    )
+    kernels = quantize_linears(network, kinds[scheme.method], ignored_layers=scheme.ignored_layers)
     note_conversion(network, kernels)
     return PostTrainingOutcome(kernels.quantized, kernels.skipped, (), 0)
 
@@ -398,6 +396,4 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
 def _check_percentile(percentile: Any) -> None:
     is_number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
     if not is_number or not 50 < percentile <= 100:
-        raise ValueError(
-            f"percentile is {percentile!r}; expected a number above 50 and up to 100."
-        )
+        raise ValueError(f"percentile is {percentile!r}; expected a number above 50 and up to 100.")

@@ -161,7 +161,9 @@ def test_refusals():
     net = quantized(batches)
     with pytest.raises(ValueError, match="there was no batch to take means from; give at least"):
         correct_bias(net, forward, [])
-    with pytest.raises(ValueError, match=r"outputs of 'conv' are NaN or infinite. Look at the input"):
+    with pytest.raises(
+        ValueError, match=r"outputs of 'conv' are NaN or infinite. Look at the input"
+    ):
         correct_bias(net, forward, [batches[0] * torch.nan])
     remove_quantization(net)
     with pytest.raises(ValueError, match="is not quantized"):

@@ -50,7 +50,7 @@ def mobile() -> nn.Sequential:
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+    return float(((one - other).norm() / other.norm()).detach())
 
 
 @pytest.mark.parametrize("balance", ["activations", "weights"])
@@ -58,7 +58,7 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 @given(seed=st.integers(0, 1000))
 def test_the_function_stays_the_same(balance, seed):
     net = spread_out(mobile(), seed)
-    x, expected = images(seed=seed), spread_out(mobile(), seed)
+    x, expected = images(seed=seed), copy.deepcopy(net)
     result = equalize(net, lambda model: model(x), balance=balance)
     with torch.no_grad():
         assert relative_error(net(x), expected(x)) <= 1e-5
@@ -177,7 +177,7 @@ def test_what_is_left_alone_says_why():
         "bent": "silu does not let",
         "twice": "shares twice.weight",
         "normed": "no weights",
-        "tied": "computed in forward",
+        ":conv2d:0": "computed in forward",
         "looked_at": "shares looked_at.weight",
         "wide": "flatten does not let",
         "head": "returns",
@@ -186,7 +186,9 @@ def test_what_is_left_alone_says_why():
     for name, reason in reasons.items():
         assert reason in result.left_alone[name]
     assert [(p.first, p.second) for p in result.pairs] == [("one", "two")]
-    changed = {n for n, p in net.named_parameters() if not torch.equal(p, original.get_parameter(n))}
+    changed = {
+        n for n, p in net.named_parameters() if not torch.equal(p, original.get_parameter(n))
+    }
     assert changed == {"one.weight", "one.bias", "two.weight"}
 
 
@@ -200,7 +202,7 @@ def test_tokens_between_linear_layers():
 def test_quantized_depthwise_nets_come_nearer_to_the_float_one():
     errors = {}
     for equalized in (False, True):
-        net = spread_out(mobile())
+        net = spread_out(mobile())[:4]
         with torch.no_grad():
             expected = net(images(64, seed=5))
         if equalized:
@@ -209,7 +211,7 @@ def test_quantized_depthwise_nets_come_nearer_to_the_float_one():
         calibrate(net, lambda model, batch: model(batch), [images(64)], ranges="minmax")
         with torch.no_grad():
             errors[equalized] = relative_error(net(images(64, seed=5)), expected)
-    assert errors[True] < 0.8 * errors[False]
+    assert errors[True] < 0.5 * errors[False]
 
 
 def test_refusals():

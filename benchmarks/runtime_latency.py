@@ -1,0 +1,289 @@
+"""Our int8 files beside those of NNCF + OpenVINO and of ONNX Runtime's own quantization.
+
+For each network one float model is quantized three times, by this library (after training, and by
+quantization-aware training), by ``onnxruntime.quantization.quantize_static`` and by NNCF. All files
+run in one process on one thread, one image at a time, in turns. Bars: ours takes at most 1.05 times
+as long as each peer, and its logits are as close to those of the float network.
+
+    python benchmarks/runtime_latency.py [--check] [--output FILE]
+    python benchmarks/runtime_latency.py --quick --check     # post-training only, fewer rounds
+    python benchmarks/runtime_latency.py --support           # every network on every runtime
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import runtime_support
+import torch
+from runtime_networks import KINDS, NETWORKS, NOTE, Network, batches, build, images
+from runtime_peers import (
+    Run,
+    quantize_by_nncf,
+    quantize_by_onnxruntime,
+    run_file,
+    run_openvino,
+)
+from runtime_timing import machine, time_in_turns
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lit_compress import QuantizationAwareTraining
+from lit_compress.compress.quantization.network import calibrate, prepare
+from lit_compress.compress.quantization.scheme import QuantizationScheme
+from lit_compress.deploy import ParityTolerance, export
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "runtime_latency.json"
+SUBJECTS = ("resnet18", "mobilenet_v2")
+PEERS = {"ort": "ONNX Runtime `quantize_static`", "openvino": "NNCF + OpenVINO"}
+OURS = {"ptq": "ours, after training", "qat": "ours, QAT"}
+BAR = 1.05
+LOSS_BAR = 0.002  # of the cosine: less than that is equal
+OWN_BAR = 0.99  # cosine of a file and the quantized network that it is of
+ROUNDS, QUICK_ROUNDS = 150, 40
+# Random weights: rounding decides between classes that are nearly tied, so only the cosine counts.
+TOLERANCE = ParityTolerance(cosine=0.9, argmax_agreement=0.0)
+
+
+class Classifier(pl.LightningModule):
+    """Any network, trained on kinds of images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """A rate that moves the weights without spoiling them."""
+        return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9)
+
+
+def quantized_after_training(model: nn.Module, seen: list[Tensor]) -> nn.Module:
+    """A calibrated copy."""
+    network = copy.deepcopy(model)
+    prepare(network, QuantizationScheme(), lambda net: net(seen[0]))
+    calibrate(network, lambda net, batch: net(batch), seen)
+    return network
+
+
+def trained_with_quantizers(model: nn.Module, network: Network, folder: Path) -> nn.Module:
+    """A copy after a few steps with the callback, at half of the resolution to save time."""
+    x, kinds = images(4 * KINDS, network.pixels // 2, seed=500)
+    module = Classifier(copy.deepcopy(model))
+    trainer = pl.Trainer(
+        max_epochs=1,
+        callbacks=[QuantizationAwareTraining()],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(x, kinds), batch_size=KINDS))
+    return module.network.eval()
+
+
+def measure(network: Network, *, rounds: int, with_training: bool) -> dict[str, Any]:
+    """Quantize a network in each way and time the files in turns."""
+    model = build(network)
+    seen, unseen = batches(network, 3, seed=100), batches(network, 2, seed=1000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = _files(model, network, seen, unseen, folder, with_training)
+        runs: dict[str, Run] = {
+            kind: run_openvino(path) if path.suffix == ".xml" else run_file(path)
+            for kind, (path, _) in files.items()
+        }
+        rows = {
+            kind: {
+                "size_bytes": sum(p.stat().st_size for p in path.parent.glob(f"{path.stem}.*")),
+                "cosine_with_float": _cosine(model, runs[kind], unseen),
+                **more,
+            }
+            for kind, (path, more) in files.items()
+        }
+        image = unseen[0][:1].clone()
+        times = time_in_turns({kind: _bound(run, image) for kind, run in runs.items()}, rounds)
+    return {
+        "pixels": network.pixels,
+        "files": {kind: rows[kind] | times[kind] for kind in files},
+        "ratios": {
+            f"{ours}_vs_{peer}": round(times[ours]["median_ms"] / times[peer]["median_ms"], 4)
+            for ours in OURS
+            for peer in PEERS
+            if ours in times
+        },
+        "wall_ratios": {
+            f"{o}_vs_{p}": round(times[o]["wall_median_ms"] / times[p]["wall_median_ms"], 4)
+            for o in OURS
+            for p in PEERS
+            if o in times
+        },
+    }
+
+
+def _files(
+    model: nn.Module,
+    network: Network,
+    seen: list[Tensor],
+    unseen: list[Tensor],
+    folder: Path,
+    with_training: bool,
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """All files, and what is known of them; the peers start from the float one."""
+    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def write(kind: str, subject: nn.Module, target: Any) -> None:
+        done = export(
+            subject, target, folder / kind, unseen[0], check_inputs=unseen, tolerance=TOLERANCE
+        )
+        files[kind] = done.path, {"cosine_with_own_torch": round(done.parity.cosine, 6)}
+
+    write("float", model, "onnx")
+    write("ptq", quantized_after_training(model, seen), "ort-int8")
+    if with_training:
+        write("qat", trained_with_quantizers(model, network, folder), "ort-int8")
+    for kind, quantize, suffix in (
+        ("ort", quantize_by_onnxruntime, ".onnx"),
+        ("openvino", quantize_by_nncf, ".xml"),
+    ):
+        path = folder / f"{kind}{suffix}"
+        quantize(files["float"][0], seen, path)
+        files[kind] = path, {}
+    return files
+
+
+def _bound(run: Run, image: Tensor) -> Callable[[], object]:
+    return lambda: run(image)
+
+
+@torch.no_grad()
+def _cosine(model: nn.Module, run: Run, unseen: list[Tensor]) -> float:
+    """Of the logits of all images."""
+    expected = torch.cat([model(batch) for batch in unseen]).flatten()
+    found = torch.cat([run(batch) for batch in unseen]).flatten()
+    return round(float(torch.cosine_similarity(expected, found, dim=0)), 6)
+
+
+def measure_all(*, quick: bool) -> dict[str, Any]:
+    """Both networks."""
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    return {
+        "machine": machine(),
+        "weights": NOTE,
+        "rounds": rounds,
+        "networks": {
+            name: measure(NETWORKS[name], rounds=rounds, with_training=not quick)
+            for name in SUBJECTS
+        },
+    }
+
+
+def check(results: Mapping[str, Any]) -> list[str]:
+    """What does not hold."""
+    missed = []
+    for name, network in results["networks"].items():
+        files = network["files"]
+        for which, value in network["ratios"].items():
+            if not value <= BAR:
+                missed.append(f"{name}, {which}: takes {value:.3f} times as long, bar {BAR}")
+        for peer in PEERS:
+            ours, theirs = (files[kind]["cosine_with_float"] for kind in ("ptq", peer))
+            if not ours >= theirs - LOSS_BAR:
+                missed.append(f"{name}: cosine {ours:.4f} with the float network, {peer} {theirs}")
+        for kind in OURS:
+            own = files.get(kind, {}).get("cosine_with_own_torch", 1.0)
+            if not own >= OWN_BAR:
+                missed.append(f"{name}, {kind}: cosine {own:.4f} with torch, bar {OWN_BAR}")
+    return missed
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The files of both networks as Markdown."""
+    lines = [
+        "| network | file | ms (quartiles) | ratio to ORT's | ratio to OpenVINO | MB | cosine with "
+        "the float network | with its own network in torch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    labels = {"float": "fp32, ONNX Runtime", **OURS, **PEERS}
+    for name, network in results["networks"].items():
+        for kind, label in labels.items():
+            row = network["files"].get(kind)
+            if row is None:
+                continue
+            ratios = [network["ratios"].get(f"{kind}_vs_{peer}") for peer in PEERS]
+            own = row.get("cosine_with_own_torch")
+            cells = [
+                f"{name}, {network['pixels']} px",
+                label,
+                f"{row['median_ms']:.2f} ({row['p25_ms']:.2f}–{row['p75_ms']:.2f})",
+                *("" if value is None else f"{value:.3f}" for value in ratios),
+                f"{row['size_bytes'] / 1e6:.1f}",
+                # What training did to the weights is no error of the file.
+                "" if kind == "qat" else f"{row['cosine_with_float']:.4f}",
+                "" if own is None else f"{own:.4f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read_results() -> dict[str, Any]:
+    """The committed results."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    return results
+
+
+def _report(results: Mapping[str, Any]) -> list[str]:
+    print(table(results))
+    missed = check(results)
+    for line in missed:
+        print(line)
+    for name, network in results["networks"].items():
+        for which, value in network["ratios"].items():
+            ours, _, peer = which.partition("_vs_")
+            prefix = "" if ours == "ptq" else f"{ours}_"
+            print(f"{prefix}ratio_vs_{peer}_{name}={value:.3f}", end=" ")
+    print(f"missed={len(missed)}")
+    return missed
+
+
+def main() -> int:
+    """Measure, print, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no training; not saved")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar does not hold")
+    parser.add_argument("--support", action="store_true", help="all networks on all runtimes")
+    parser.add_argument("--output", type=Path, help="where to write the JSON of a run")
+    arguments = parser.parse_args()
+    if arguments.support:
+        return runtime_support.main(arguments.output)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    results = measure_all(quick=arguments.quick)
+    output = arguments.output
+    if output is None and not arguments.quick:
+        output = RESULTS
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    missed = _report(results)
+    return 1 if arguments.check and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
