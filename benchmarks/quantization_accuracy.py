@@ -17,7 +17,8 @@ Bars:
     python benchmarks/quantization_accuracy.py --parts checkpoints --checkpoints DIR
     python benchmarks/quantization_accuracy.py --quick --check
 
-The full run adds to ``docs/results/quantization_accuracy.json`` part by part. ``--quick`` reads
+The full run adds to ``docs/results/quantization_accuracy.json`` point by point, and goes on where
+it was stopped. ``--quick`` reads
 what training gave and measures the rest anew, on 1,000 test images.
 """
 
@@ -33,6 +34,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, cast
@@ -56,8 +58,8 @@ from lit_compress.compress.quantization.ranges import RangeKind
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 from lit_compress.compress.sparsity import allocate_zeros, magnitude_masks
 from lit_compress.deploy import export, load_file
-from lit_compress.measure.size import saved_sizes
-from lit_compress.tasks import CIFAR10JPEGDataModule, build_model
+from lit_compress.measure.size import compressed_length
+from lit_compress.tasks import CIFAR10JPEGDataModule, build_model, weights_path
 from lit_compress.tasks.models import ConvClassifier, mobilenet_v1
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "quantization_accuracy.json"
@@ -150,31 +152,40 @@ def hits_in_file(network: nn.Module, test: list[Batch]) -> Tensor:
             return hits(lambda images: file((images,))[0], test)
 
 
-def post_training(settings: Settings, write: Callable[[list[Results]], None]) -> None:
-    """Quantize and score, the seeds in turn; ``write`` takes all points so far."""
-    points: list[Results] = []
-    for seed in settings.seeds:
-        for model in LABELS:
-            for ranges in settings.ranges:
-                calibration, test = batches(settings, seed)
-                before = float_hits(model, settings)
-                network = quantized(float_network(model), calibration, ranges)
-                after = hits(network, test)
-                point = {"model": model, "ranges": ranges, "seed": seed, "num_images": len(after)}
-                point |= {"float_top1": top1(before), "top1": top1(after)}
-                point["num_changed"] = int((before != after).sum())
-                if seed == settings.seeds[0]:
-                    point["file_top1"] = top1(hits_in_file(network, test))
-                points.append(point)
-                write(points)
+def post_training(
+    settings: Settings, points: list[Results], write: Callable[[list[Results]], None]
+) -> None:
+    """Quantize and score what is not among the points yet; ``write`` takes all of them so far."""
+    finished = {(p["ranges"], p["seed"], p["model"]) for p in points}
+    for ranges, seed, model in product(settings.ranges, settings.seeds, LABELS):
+        if (ranges, seed, model) in finished:
+            continue
+        calibration, test = batches(settings, seed)
+        before = float_hits(model, settings)
+        network = quantized(float_network(model), calibration, ranges)
+        after = hits(network, test)
+        point = {"model": model, "ranges": ranges, "seed": seed, "num_images": len(after)}
+        point |= {"float_top1": top1(before), "top1": top1(after)}
+        point["num_changed"] = int((before != after).sum())
+        if seed == settings.seeds[0]:
+            point["file_top1"] = top1(hits_in_file(network, test))
+        points.append(point)
+        write(points)
+
+
+def quantized_runs() -> list[tuple[str, str]]:
+    """Network and method of the training runs that quantize."""
+    return [(m, how) for m, hows in training.METHODS.items() for how in hows if "qat" in how]
 
 
 def checkpoint_rows(folder: Path, settings: Settings) -> list[Results]:
     """Networks that were trained quantized (seed 1), in torch and in their int8 files."""
     _, test = batches(settings, settings.seeds[0])
     rows = []
-    for path in sorted(folder.glob("*-qat-*-1.ckpt")):
-        model, _, method = path.stem.removesuffix("-1").partition("-")
+    for model, method in quantized_runs():
+        path = folder / f"{model}-{method}-1.ckpt"
+        if not path.exists():
+            continue
         network = load_compressed(path, training.trained_module(model).model).eval()
         in_torch, in_file = hits(network, test), hits_in_file(network, test)
         row = {"model": model, "method": method, "seed": 1, "num_images": len(in_torch)}
@@ -202,10 +213,14 @@ def sizes(settings: Settings) -> list[Results]:
         "16 clusters": clustered,
         "80 % zeros, 16 clusters": with_clusters(sparse, 16),
     }
-    raw, compressed = saved_sizes(dense)
+    raw = weights_path("resnet20-cifar10-jpeg").read_bytes()
     rows: list[Results] = [
-        {"what": "float32", "file": "torch.save", "size_bytes": raw},
-        {"what": "float32", "file": "torch.save, deflate", "size_bytes": compressed["deflate"]},
+        {"what": "float32", "file": "torch.save", "size_bytes": len(raw)},
+        {
+            "what": "float32",
+            "file": "torch.save, deflate",
+            "size_bytes": compressed_length(raw),
+        },
     ]
     with tempfile.TemporaryDirectory() as folder:
         for what, network in networks.items():
@@ -475,8 +490,9 @@ themselves.
 
 ### eps
 
-The first four blocks of MobileNet-v1 (0.25), eps = {errors["eps"]:g}, running variances from {low:.1g} to {high:.1g}.
-The last two rows are what rewriting eps to 1e-5, as torchao's PT2E does, would do to it.
+The first four blocks of MobileNet-v1 (0.25), random, with eps = {errors["eps"]:g} and running
+variances from {low:.1g} to {high:.1g}. The last two rows are what rewriting eps to 1e-5, as
+torchao's PT2E does, would do to it.
 
 {eps_table(results)}
 
@@ -491,6 +507,8 @@ JSON: [`results/quantization_accuracy.json`](results/quantization_accuracy.json)
 def check(results: Results, trained: Results) -> list[str]:
     """What does not hold."""
     missed = [f"{part} was not measured" for part in PARTS[1:] if not results.get(part)]
+    seen = {(row["model"], row["method"]) for row in results.get("checkpoints", [])}
+    missed += [f"{' '.join(one)} has no file" for one in quantized_runs() if one not in seen]
     missed += missed_in_training(results["float"], trained)
     missed += missed_after_training(results)
     missed += [
@@ -613,9 +631,12 @@ def run_parts(
     if "post_training" in parts:
         if settings.test_stride == 1:
             keep("float", {model: top1(float_hits(model, settings)) for model in LABELS})
-        post_training(settings, lambda points: keep("post_training", points))
+        points = results.get("post_training", []) if path == RESULTS else []
+        post_training(settings, points, lambda points: keep("post_training", points))
     if "checkpoints" in parts and checkpoints is not None:
-        keep("checkpoints", checkpoint_rows(checkpoints, settings))
+        rows = checkpoint_rows(checkpoints, settings)
+        if rows:  # without checkpoints, those of an earlier run stay
+            keep("checkpoints", rows)
     return results
 
 

@@ -16,6 +16,10 @@ import channel_families
 import channel_pruning
 import kill_and_resume
 import pruning_accuracy
+import quantization_accuracy
+import quantization_corrections
+import runtime_latency
+import runtime_support
 import sparsity_distillation
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,6 +32,14 @@ def page() -> str:
     if channel_pruning.RESULTS.exists():
         sections.append(channels(channel_pruning.read_results()))
     sections.append(channel_families.section())
+    if quantization_accuracy.RESULTS.exists():
+        sections.append(quantization_accuracy.section())
+    if quantization_corrections.RESULTS.exists():
+        sections.append(corrections(quantization_corrections.read_results()))
+    if runtime_latency.RESULTS.exists():
+        sections.append(latency(runtime_latency.read_results()))
+    if runtime_support.RESULTS.exists():
+        sections.append(support(runtime_support.read_results()))
     if kill_and_resume.RESULTS.exists():
         sections.append(faults(json.loads(kill_and_resume.RESULTS.read_text())))
     return "\n\n".join(sections) + "\n"
@@ -163,6 +175,55 @@ takes {point["time_ratio"]:.3f} times the evaluation of the same slim model (bar
 
 JSON: [`results/channel_pruning.json`](results/channel_pruning.json); made by
 `python benchmarks/channel_pruning.py`."""
+
+
+def corrections(results: dict[str, Any]) -> str:
+    """What corrections and ranges do after training."""
+    settings = results["settings"]
+    return f"""## Corrections for few bits
+
+Top-1 in percent on {settings["test_images"]:,} of the CIFAR-10 (JPEG) test images after
+post-training quantization; mean ± standard deviation over
+{len(quantization_corrections.SEEDS)} seeds, which choose {settings["num_calibration_batches"]}
+calibration batches of {settings["batch_size"]} training images. w4a8 is 4-bit weights and 8-bit
+activations. A dash was not run: at 8 bits AdaRound has next to nothing to win.
+
+{quantization_corrections.table(results)}
+
+Ranges of activations, without corrections:
+
+{quantization_corrections.ranges_table(results)}
+
+JSON: [`results/quantization_corrections.json`](results/quantization_corrections.json); made by
+`python benchmarks/quantization_corrections.py`."""
+
+
+def latency(results: dict[str, Any]) -> str:
+    """Int8 files beside those of the peers."""
+    return f"""## Int8 files beside the peers
+
+One process, one thread, one image at a time, the files in turns, {results["rounds"]} rounds;
+milliseconds of processor time, medians. All are of the same float networks ({results["weights"]}).
+Bar: at most {runtime_latency.BAR} times the time of each peer, at equal or better cosine.
+
+{runtime_latency.table(results)}
+
+JSON: [`results/runtime_latency.json`](results/runtime_latency.json); made by
+`python benchmarks/runtime_latency.py`."""
+
+
+def support(results: dict[str, Any]) -> str:
+    """Which network runs where."""
+    return f"""## Which network runs where
+
+Each network, in floating point and quantized after training, on each runtime: one thread, one image
+at a time, {results["rounds"]} rounds; cosine and argmax agreement against the same network in
+torch. The networks have {results["weights"]}.
+
+{runtime_support.table(results)}
+
+JSON: [`results/runtime_support.json`](results/runtime_support.json); made by
+`python benchmarks/runtime_latency.py --support`."""
 
 
 def faults(results: dict[str, Any]) -> str:

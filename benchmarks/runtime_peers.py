@@ -9,6 +9,7 @@ compiled by OpenVINO for latency.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -63,6 +64,7 @@ def quantize_by_onnxruntime(float_file: Path, seen: Sequence[Tensor], path: Path
 
 def quantize_by_nncf(float_file: Path, seen: Sequence[Tensor], path: Path) -> None:
     """``nncf.quantize`` on the model as OpenVINO reads it, for images one at a time."""
+    os.environ.setdefault("NNCF_CI", "1")  # it reports what it is used for otherwise
     openvino: Any = import_module("openvino")
     nncf: Any = import_module("nncf")
     nncf.set_log_level(logging.ERROR)

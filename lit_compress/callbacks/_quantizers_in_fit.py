@@ -35,6 +35,7 @@ __all__ = [
     "agree_on_ranges",
     "clustered_weights",
     "cut_quantizers",
+    "drop_scales",
     "follow_in_average",
     "give_quantizers",
     "let_scales_learn",
@@ -84,8 +85,8 @@ def train_scales(trainer: pl.Trainer, network: nn.Module) -> int:
     Returns:
         How many scales were added.
     """
-    known = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
-    scales = [p for p in quantized_network(network).parameters() if id(p) not in known]
+    # Where a checkpoint brought them, they are among the parameters that the user's optimizer got.
+    scales = drop_scales(trainer, network)
     if not scales or not trainer.optimizers:
         return 0
     own = {id(p) for p in network.parameters()}
@@ -96,6 +97,19 @@ def train_scales(trainer: pl.Trainer, network: nn.Module) -> int:
     group = min(optimizer.param_groups, key=lambda g: float(g.get("weight_decay", 0.0)))
     group["params"] += scales
     return len(scales)
+
+
+def drop_scales(trainer: pl.Trainer, network: nn.Module) -> list[nn.Parameter]:
+    """Take the learned scales of a quantized network out of all optimizers, and return them."""
+    scales = list(quantized_network(network).parameters())
+    dropped = {id(scale) for scale in scales}
+    for optimizer in trainer.optimizers:
+        for scale in scales:
+            optimizer.state.pop(scale, None)
+        for group in optimizer.param_groups:
+            if any(id(p) in dropped for p in group["params"]):
+                group["params"] = [p for p in group["params"] if id(p) not in dropped]
+    return scales
 
 
 def let_scales_learn(network: nn.Module, learn: bool) -> None:

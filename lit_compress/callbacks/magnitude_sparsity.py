@@ -137,8 +137,8 @@ class MagnitudeSparsity(pl.Callback):
         """Refuse what cannot work before anything is loaded."""
         if stage == "fit":
             self._restored = None  # evaluating a checkpoint leaves its state here
-            check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
+            check_stage_order(trainer, pl_module)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -169,8 +169,8 @@ class PostTrainingQuantization(pl.Callback):
         if quantized:
             raise MisconfigurationException(
                 f"{type(self).__name__} quantizes float networks, and "
-                f"{next(iter(quantized)) or type(pl_module).__name__!r} is quantized already. Begin "
-                "with the float checkpoint, or leave the callback out."
+                f"{next(iter(quantized)) or type(pl_module).__name__!r} is quantized already. "
+                "Begin with the float checkpoint, or leave the callback out."
             )
         if is_compiled(pl_module):
             raise MisconfigurationException(
@@ -274,18 +274,19 @@ class PostTrainingQuantization(pl.Callback):
         tracking.log_table(trainer, "quantization/result", columns, result.rows())
 
     def _refuse_other_quantization(self, trainer: pl.Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is not self and isinstance(
-                other, PostTrainingQuantization | QuantizationAwareTraining
-            ):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} and {type(other).__name__} are in the same Trainer, and "
-                    "a network is quantized once. Keep the first for a network that is trained, "
-                    "the second to train it with integers."
-                    if isinstance(other, QuantizationAwareTraining)
-                    else f"there are two {type(self).__name__} callbacks in the Trainer, and a "
-                    "network is quantized once; leave one out."
-                )
+        name = type(self).__name__
+        others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        if any(isinstance(other, QuantizationAwareTraining) for other in others):
+            raise MisconfigurationException(
+                f"{name} and QuantizationAwareTraining are in the same Trainer, and a network is "
+                "quantized once. Keep the former for a network that is trained, the latter to "
+                "train it with integers."
+            )
+        if any(isinstance(other, PostTrainingQuantization) for other in others):
+            raise MisconfigurationException(
+                f"there are two {name} callbacks in the Trainer, and a network is quantized once; "
+                "leave one out."
+            )
 
     def _let_go(self) -> None:
         for wrapper in self._bound:

@@ -22,6 +22,7 @@ from lit_compress.callbacks._quantizers_in_fit import (
     agree_on_ranges,
     clustered_weights,
     cut_quantizers,
+    drop_scales,
     follow_in_average,
     give_quantizers,
     let_scales_learn,
@@ -193,9 +194,9 @@ class QuantizationAwareTraining(pl.Callback):
         carry_structure(pl_module)
         if stage == "fit":
             self._plan = self._restored = None  # evaluating a checkpoint leaves its state here
-            check_stage_order(trainer, pl_module)
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
+            check_stage_order(trainer, pl_module)
             refuse_compiled_module(pl_module, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
@@ -283,16 +284,16 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before weights had their bits."""
         self._frozen.release()
-        network, plan, name = self._network(pl_module), self._active_plan, type(self).__name__
-        if not quantized_network(network).quantizing:
+        plan, name, unit = self._active_plan, type(self).__name__, self.moments.unit
+        if not quantized_network(self._network(pl_module)).quantizing:
             rank_zero_warn(
-                f"{name}: training ended before {self.moments.unit} {plan.begin}, where rounding begins; "
-                "the network was not trained with integers. Train longer, or begin earlier."
+                f"{name}: training ended before {unit} {plan.begin}, where rounding begins; the "
+                "network was not trained with integers. Train longer, or begin earlier."
             )
         elif plan.least_bits(self._now) > plan.last_bits:
             rank_zero_warn(
                 f"{name}: training ended with {plan.least_bits(self._now)} bits; {plan.last_bits} "
-                f"are reached at {self.moments.unit} {plan.bits_end}. Train longer."
+                f"are reached at {unit} {plan.bits_end}. Train longer."
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -384,8 +385,9 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = self._network(pl_module)
-        if is_quantized(network):
-            remove_quantization(network)  # of another stage, with other bits
+        if is_quantized(network):  # by another stage, with other bits
+            drop_scales(trainer, network)
+            remove_quantization(network)
         sample = self._sample(trainer, pl_module)
         scheme = self.scheme.with_per_tensor(clustered_weights(trainer, pl_module, network))
         quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
@@ -415,16 +417,18 @@ class QuantizationAwareTraining(pl.Callback):
         self._now = now = current_moment(trainer, pl_module, self.moments.unit)
         plan, network = self._active_plan, self._network(pl_module)
         quantization = quantized_network(network)
+        averages = quantizers_of_averages(trainer, pl_module, network)
         before = (quantization.quantizing, quantization.least_weight_bits)
         if plan.least_bits(now) != quantization.least_weight_bits:
             quantization.least_weight_bits = plan.least_bits(now)
             if self._learns:
                 fit_weights(network)  # the best range for fewer bits is a smaller one
+            for average in averages:
+                average.load_state_dict(quantization.state_dict())
         begins = plan.rounds(now) and not quantization.quantizing
         if begins and self._calibrated_at != now:
             self._calibrate(trainer, pl_module, self._sample(trainer, pl_module))
-        for part in (quantization, *quantizers_of_averages(trainer, pl_module, network)):
-            part.least_weight_bits = quantization.least_weight_bits
+        for part in (quantization, *averages):
             part.set_mode(observing=not plan.ranges_frozen(now), quantizing=plan.rounds(now))
         if begins:
             let_scales_learn(network, True)

@@ -1,5 +1,4 @@
-"""The command line: ``lit-compress fit|validate|test|predict|report|benchmark|export|quantize|
-analyze``.
+"""The command line: ``lit-compress COMMAND``, with the commands of :data:`COMMANDS`.
 
 :func:`main` only chooses the command; the commands import what they need themselves, so that
 ``--help`` answers at once.

@@ -33,8 +33,8 @@ def write_packed_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> 
     weights as :func:`~lit_compress.compress.packing.write_packed` stores them. With the weights
     come the structure and the quantizers, so that
     :func:`~lit_compress.compress.weight_files.load_checkpoint` opens the file as it opens a
-    checkpoint. Outputs are then the same bit by bit, but the weights are those on the grid: to train
-    on with what rounding takes away, keep a checkpoint.
+    checkpoint. Outputs are then the same bit by bit, but the weights are those on the grid: to
+    train on with what rounding takes away, keep a checkpoint.
 
     Args:
         path: The file; an older one is replaced.

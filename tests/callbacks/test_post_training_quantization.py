@@ -274,7 +274,7 @@ def test_the_checkpoint_holds_plain_data_and_no_optimizer(tmp_path):
 def test_nothing_is_written_where_nothing_is_wanted(kwargs, tmp_path):
     options = {} if kwargs else {"fast_dev_run": True, "max_epochs": 1}
     callback = quantization(**kwargs)
-    run, module = fit(callback, default_root_dir=tmp_path, **options)
+    _, module = fit(callback, default_root_dir=tmp_path, **options)
     assert callback.result.checkpoint is None
     assert not list(tmp_path.rglob("*.ckpt"))
     assert is_quantized(module.model)

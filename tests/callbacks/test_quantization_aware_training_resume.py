@@ -74,6 +74,38 @@ def test_a_run_resumed_at_any_step_is_bit_identical(tmp_path, trained):
         assert same_state(whole, resumed), step
 
 
+def test_optimizer_states_find_their_parameters_behind_the_scales(tmp_path):
+    class Tail(Net):
+        """Its optimizer gets the scales of a checkpoint between others, in another group."""
+
+        def __init__(self):
+            super().__init__()
+            self.tail = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.tail(self.model(x))
+
+        def configure_optimizers(self):
+            small = [p for p in self.parameters() if p.dim() < 2]
+            large = [p for p in self.parameters() if p.dim() >= 2]
+            groups = [{"params": small}, {"params": large, "weight_decay": 0.0}]
+            return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+
+    def callback():
+        return qat(4, ranges="learned", network="model")
+
+    save = saved(tmp_path, every_n_train_steps=8)
+    whole = fit(callback(), save, module=Tail, enable_checkpointing=True)
+    resumed = fit(callback(), module=Tail, ckpt_path=tmp_path / "step=8.ckpt", seed=2)
+    assert same_state(whole, resumed)
+    fit(callback(), module=whole, max_epochs=1)  # once more, with none of the old scales
+    again = trainer(max_epochs=1, callbacks=[callback()])
+    again.fit(whole, loader())
+    held = [p for g in again.optimizers[0].param_groups for p in g["params"]]
+    assert {id(p) for p in held} == {id(p) for p in whole.parameters()}
+    assert len(held) == len(list(whole.parameters()))
+
+
 def test_a_run_in_epochs_resumes_exactly(tmp_path):
     def callback():
         return qat(4, begin=1, freeze_batch_norm=2, freeze_ranges=2, unit="epoch")

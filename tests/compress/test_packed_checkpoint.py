@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_compress import load_compressed
@@ -186,6 +187,12 @@ def test_weights_on_kernels_of_torchao(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_class_that_a_packed_file_does_not_know_how_to_build(tmp_path):
+    write_packed_checkpoint(tmp_path / "q.packed", trained())
+    with pytest.raises(ValueError, match="does not say how to build a LightningModule. Build one"):
+        load_compressed(tmp_path / "q.packed", LightningModule)
+
+
 def test_integers_without_scales(tmp_path):
     net = trained()
     quantize_after_training(net, PostTrainingScheme(), [images(2)])
@@ -201,11 +208,11 @@ def test_a_damaged_file_is_named_and_left_alone(tmp_path):
     quantize_after_training(net, PostTrainingScheme(), [images(2)])
     write_packed_checkpoint(path, net)
     whole = path.read_bytes()
-    for cut in (len(whole) // 2, len(whole) - 10):
-        path.write_bytes(whole[:cut])
+    for length in (len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"q.packed' cannot be read"):
             load_compressed(path, trained())
-        assert path.read_bytes() == whole[:cut]
+        assert path.read_bytes() == whole[:length]
 
 
 def test_a_packed_file_of_another_network(tmp_path):

@@ -12,6 +12,7 @@ from lit_compress.cli import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAINING = ("fit", "validate", "test", "predict")
+LOOKING = ("report", "benchmark", "analyze", "export", "quantize")
 
 
 def check_commands(example):
@@ -26,7 +27,7 @@ def check_commands(example):
             status = main(arguments)
         else:
             status = main([*arguments, "--print_config"])
-        missing = arguments[0] in ("report", "benchmark", "analyze") and not asks
+        missing = arguments[0] in LOOKING and not asks
         assert status == (2 if missing else 0), line
 
 

@@ -75,10 +75,9 @@ def integer_layers(network: nn.Module) -> dict[str, IntegerLayer]:
             factor, bias = _folded(network.get_submodule(norm_of[call]), bias)
             scale = scale * factor.abs()
             # A channel whose factor is zero, or next to it, gives nothing.
-            gives = scale > torch.finfo(scale.dtype).tiny
-            signs = torch.sign(factor).int() * gives
+            signs = torch.sign(factor).int() * (scale > torch.finfo(scale.dtype).tiny)
             values = values * signs.reshape(-1, *[1] * (weight.dim() - 1))
-            scale = torch.where(gives, scale, 1.0)
+        scale = _with_empty_channels(scale, values, axis)
         layers[call] = IntegerLayer(values.to(torch.int8), scale, axis, quantizer.grid, bias)
     return layers
 
@@ -98,6 +97,16 @@ def with_integer_bias(
     ratio = (layer.scale / scale).reshape(shape)
     values = torch.where(ratio == 1, layer.values.float(), torch.round(layer.values * ratio))
     return values.to(torch.int8), scale
+
+
+def _with_empty_channels(scale: Tensor, values: Tensor, axis: int) -> Tensor:
+    """Scales in which channels without weights have one like those of the others.
+
+    Any scale would do for their weights, but runtimes round biases to multiples of it.
+    """
+    gives = values.movedim(axis, 0).flatten(1).any(1)
+    typical = scale[gives].median() if bool(gives.any()) else scale.new_tensor(2.0**-16)
+    return torch.where(gives, scale, typical)
 
 
 def _folded(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:

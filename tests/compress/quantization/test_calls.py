@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -183,7 +183,7 @@ def test_other_threads_neither_see_nor_disturb():
                 with torch.no_grad():
                     call(net, inputs)
                 started.set()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             failures.append(error)
             started.set()
 

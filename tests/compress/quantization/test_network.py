@@ -249,7 +249,7 @@ def test_values_that_are_no_numbers_are_refused_with_the_place(bad):
 
 
 def test_a_refused_calibration_leaves_a_quantized_network_as_it_was():
-    net, inputs = quantized("plain")
+    net, _inputs = quantized("plain")
     state = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match="no calibration batch"):
         calibrate(net, lambda n, b: call(n, b), [])

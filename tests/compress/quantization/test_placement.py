@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_compress.compress.quantization.calls import record_calls
@@ -56,7 +56,7 @@ CONV = {"kernel_size": 3, "padding": 1}
 def test_convolution_batch_norm_and_relu_have_one_point():
     net = nn.Sequential(*conv_bn(3, 4), nn.ReLU(), *conv_bn(4, 4), nn.ReLU6(), nn.Conv2d(4, 2, 1))
     plan = placed(net)
-    assert plan.activations == same("input:0", "2:relu:0", "5:hardtanh:0")  # ReLU6 is one
+    assert plan.activations == same("input:0", "2:relu:0", "5:hardtanh:0")  # ReLU6
     assert plan.batch_norms == {
         "1:batch_norm:0": "0:conv2d:0", "4:batch_norm:0": "3:conv2d:0"}  # fmt: skip
     assert plan.weights == {f"{i}:conv2d:0": f"{i}.weight" for i in (0, 3, 6)}

@@ -179,7 +179,6 @@ def skewed() -> Net:
     [
         (["equalization"], 4, skewed),
         (["bias_correction"], 8, built),
-        (["adaround"], 8, built),
         (["bias_correction", "adaround", "equalization"], 4, skewed),
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """When what happens in quantization-aware training."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ def test_bits_fall_one_at_a_time_from_the_first_to_the_last(begin, length, one, 
     first, last = max(one, other), min(one, other)
     plan = QuantizationPlan(begin, None, None, begin + length, first, last)
     bits = [plan.least_bits(now) for now in range(begin + length + 3)]
-    assert all(a >= b for a, b in zip(bits, bits[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(bits))
     assert set(bits[: begin + (length > 0)]) <= {first}
     assert set(bits[begin + length :]) == {last}
     if length >= first - last:
