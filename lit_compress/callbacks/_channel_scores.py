@@ -17,8 +17,9 @@ from lit_compress.compress.channels.importance import (
     channel_importance,
 )
 from lit_compress.compress.channels.statistics import measure_activations, measure_taylor
+from lit_compress.measure import count_macs, count_params
 
-__all__ = ["channel_scores", "check_importance", "run_network"]
+__all__ = ["channel_scores", "check_importance", "measured_after_cut", "run_network"]
 
 
 def channel_scores(
@@ -69,3 +70,23 @@ def check_importance(importance: Importance) -> None:
 def run_network(network: nn.Module, inputs: NetworkInput) -> Any:
     """Call a network with one input of a sample."""
     return inputs.run(network)
+
+
+def measured_after_cut(
+    network: nn.Module, groups: ChannelGroups, sample: TrainingSample
+) -> dict[str, float]:
+    """What is logged of a network that was cut: channels, parameters and multiply-adds.
+
+    Args:
+        network: The network.
+        groups: The channels that it has now.
+        sample: Says what its input looks like.
+    """
+    metrics: dict[str, float] = {
+        "channels/total": groups.num_channels,
+        "channels/num_params": count_params(network),
+    }
+    example = sample.inputs[0].as_example()
+    if example is not None:
+        metrics["channels/macs"] = count_macs(network, example)
+    return metrics

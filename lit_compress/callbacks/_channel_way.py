@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_compress.callbacks._channel_scores import channel_scores
 from lit_compress.callbacks._teacher import copy_network
@@ -17,6 +18,7 @@ from lit_compress.compress.channels.cut import cut_channels
 from lit_compress.compress.channels.goal import ChannelGoal
 from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.channels.importance import Importance
+from lit_compress.compress.channels.penalty import PenaltyKind, add_penalty
 from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
 from lit_compress.compress.channels.progress import ChannelProgress, Spread
 from lit_compress.compress.channels.tracing import find_channel_groups
@@ -24,7 +26,7 @@ from lit_compress.compress.structure import record_of, replay
 from lit_compress.compress.structure_record import StructureRecord
 from lit_compress.measure import layer_complexity, measure_latency
 
-__all__ = ["ChannelWay"]
+__all__ = ["ChannelWay", "pull_in_step"]
 
 
 class ChannelWay:
@@ -145,3 +147,31 @@ def _scores_of_dense(groups: ChannelGroups, now: ChannelGroups, scores: Tensor) 
             dense = padded[groups.span(group.name)].view(group.num_blocks, -1)
             dense[:, : blocks.shape[1]] = blocks
     return padded
+
+
+def pull_in_step(
+    trainer: pl.Trainer,
+    optimizer: Optimizer,
+    network: nn.Module,
+    groups: ChannelGroups,
+    keep: Tensor,
+    strength: float,
+    kind: PenaltyKind,
+) -> None:
+    """Add the gradient of a penalty to what one optimizer is about to step.
+
+    Args:
+        trainer: The Trainer; its loss may be scaled.
+        optimizer: The optimizer.
+        network: The network, some of whose parameters it trains.
+        groups: The network's channels.
+        keep: False for those that are pulled towards zero.
+        strength: The penalty's factor.
+        kind: Its norm.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        strength *= scaler.get_scale()  # fused optimizers unscale gradients in their step
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in network.named_parameters() if id(p) in own}
+    add_penalty(parameters, groups, keep, strength, kind)

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
-from lit_compress.callbacks._channel_scores import channel_scores, check_importance, run_network
-from lit_compress.callbacks._channel_way import ChannelWay
+from lit_compress.callbacks._channel_scores import (
+    channel_scores,
+    check_importance,
+    measured_after_cut,
+    run_network,
+)
+from lit_compress.callbacks._channel_way import ChannelWay, pull_in_step
 from lit_compress.callbacks._cut_in_fit import cut_in_fit
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._network_calls import find_network
@@ -43,12 +48,12 @@ from lit_compress.compress.channels.goal import (
 )
 from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.channels.importance import Importance
-from lit_compress.compress.channels.penalty import ChannelPenalty, add_penalty
+from lit_compress.compress.channels.penalty import ChannelPenalty
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.progress import ChannelProgress, Spread, check_spread
 from lit_compress.compress.channels.reconstruction import reconstruct
+from lit_compress.compress.layers import refuse_bare_string
 from lit_compress.compress.schedules import Ramp, Schedule
-from lit_compress.measure import count_macs, count_params
 
 __all__ = ["ChannelPruning"]
 
@@ -150,11 +155,7 @@ class ChannelPruning(pl.Callback):
         check_importance(importance)
         check_spread(spread)
         check_count("num_calibration_batches", num_calibration_batches)
-        if isinstance(ignored_layers, str):
-            raise ValueError(
-                f"ignored_layers is the string {ignored_layers!r}; give a list, as in "
-                f"[{ignored_layers!r}]."
-            )
+        refuse_bare_string("ignored_layers", ignored_layers)
         self.importance = importance
         self.schedule = schedule
         self.spread = spread
@@ -196,7 +197,7 @@ class ChannelPruning(pl.Callback):
         if state is None or not self._continue(state, network):
             name, unit = type(self).__name__, self.schedule.unit
             self.ramp = resolved_schedule(trainer, self.schedule, name, "plan")
-            if self.penalty is not None:
+            if self.penalty:
                 self._penalty_begin = resolved_moment(trainer, self.penalty.begin, unit, name)
             self._last_point = self._next_keep = None
             way = ChannelWay(trainer, network, self._training, self.goal, self.importance)
@@ -218,15 +219,10 @@ class ChannelPruning(pl.Callback):
         strength = self.penalty.strength_at(now, begin, cut)
         if strength == 0:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            strength *= scaler.get_scale()  # fused optimizers unscale gradients in their step
         if self._next_keep is None:
             self._next_keep = self._choose(trainer, pl_module, cut)
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = _network(pl_module).named_parameters()
-        parameters = {name: p for name, p in named if id(p) in own}
-        add_penalty(parameters, self._way.now, self._next_keep, strength, self.penalty.kind)
+        groups, kind, network = self._way.now, self.penalty.kind, _network(pl_module)
+        pull_in_step(trainer, optimizer, network, groups, self._next_keep, strength, kind)
 
     def on_train_batch_end(
         self,
@@ -252,9 +248,7 @@ class ChannelPruning(pl.Callback):
         """Let go of the training sample."""
         self._let_go()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let go of the training sample."""
         self._let_go()
 
@@ -297,9 +291,7 @@ class ChannelPruning(pl.Callback):
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """From the first cut to the last."""
         moments = self.ramp if resolved else self.schedule
-        if moments is None:
-            return None
-        return StageSpan(moments.begin, moments.end, self.schedule.unit)
+        return StageSpan(moments.begin, moments.end, self.schedule.unit) if moments else None
 
     @property
     def _way(self) -> ChannelProgress:
@@ -324,10 +316,8 @@ class ChannelPruning(pl.Callback):
     def _declared(self) -> str:
         """What the run is to reach and when, to recognise a checkpoint of the same run."""
         importance = self.importance if isinstance(self.importance, str) else "a function"
-        return (
-            f"{self.goal}, {self.schedule}, {self.spread}, {self.penalty}, {importance}, "
-            f"{self.ignored_layers}"
-        )
+        way = f"{self.schedule}, {self.spread}, {self.penalty}, {importance}"
+        return f"{self.goal}, {way}, {self.ignored_layers}"
 
     # --- The plan ---------------------------------------------------------------------------------
 
@@ -335,9 +325,8 @@ class ChannelPruning(pl.Callback):
         """Go on where a checkpoint of the same run left off; false if it is of another run."""
         if state["declared"] != self._declared:
             rank_zero_info(
-                f"{type(self).__name__}: the checkpoint was written under other arguments "
-                f"({state['declared']}); its structure is taken over, and from there the new "
-                "schedule leads to the new plan."
+                f"{type(self).__name__}: the checkpoint was written under other arguments ("
+                f"{state['declared']}); from its structure the new schedule leads to the new plan."
             )
             return False
         progress = ChannelProgress.from_state_dict(state["progress"])
@@ -356,9 +345,8 @@ class ChannelPruning(pl.Callback):
         if point is None or (self._last_point is not None and point <= self._last_point):
             return
         network = _network(pl_module)
-        keep = self._next_keep
-        if keep is None:
-            keep = self._choose(trainer, pl_module, point)
+        ahead = self._next_keep
+        keep = self._choose(trainer, pl_module, point) if ahead is None else ahead
         self._last_point, self._next_keep = point, None
         if not bool(keep.all()):
             self._cut(trainer, pl_module, network, keep)
@@ -392,13 +380,7 @@ class ChannelPruning(pl.Callback):
         self._way.now = cut_in_fit(trainer, pl_module, network, groups, keep, mend)
 
     def _log(self, trainer: pl.Trainer, network: nn.Module) -> None:
-        metrics: dict[str, float] = {
-            "channels/total": self._way.now.num_channels,
-            "channels/num_params": count_params(network),
-        }
-        example = self._training.inputs[0].as_example()
-        if example is not None:
-            metrics["channels/macs"] = count_macs(network, example)
+        metrics = measured_after_cut(network, self._way.now, self._training)
         shown = ", ".join(f"{n.removeprefix('channels/')} {v:,}" for n, v in metrics.items())
         rank_zero_info(f"{type(self).__name__}: {self.schedule.unit} {self._last_point}: {shown}")
         if trainer.loggers:

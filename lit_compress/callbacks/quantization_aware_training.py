@@ -8,26 +8,19 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_compress.callbacks import tracking
-from lit_compress.callbacks._cut_in_fit import rewrap
 from lit_compress.callbacks._network_calls import find_network
 from lit_compress.callbacks._quantization_moments import QuantizationMoments
+from lit_compress.callbacks._quantized_training import QuantizedTraining
 from lit_compress.callbacks._quantizers_in_fit import (
     CallWatch,
     FrozenBatchNorms,
     SteadyScales,
     agree_on_ranges,
-    clustered_weights,
     cut_quantizers,
-    drop_scales,
     follow_in_average,
-    give_quantizers,
-    let_scales_learn,
-    quantizers_of_averages,
-    train_scales,
 )
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
@@ -36,7 +29,6 @@ from lit_compress.callbacks._requirements import (
     refuse_sharded_strategy,
     refuse_spawned_processes,
 )
-from lit_compress.callbacks._run_clock import current_moment
 from lit_compress.callbacks._stage_order import (
     Stage,
     StageSpan,
@@ -44,15 +36,12 @@ from lit_compress.callbacks._stage_order import (
     check_stage_order,
 )
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
-from lit_compress.callbacks._training_sample import TrainingSample, draw_batches
+from lit_compress.callbacks._training_sample import draw_batches
 from lit_compress.callbacks._weight_averages import AverageWatch, num_extra_epochs
 from lit_compress.callbacks.magnitude_sparsity import Removable
 from lit_compress.compress.quantization.network import (
-    calibrate,
-    fit_weights,
     is_quantized,
     quantized_network,
-    remove_quantization,
 )
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 from lit_compress.compress.quantization.training_plan import Moment, QuantizationPlan
@@ -178,10 +167,8 @@ class QuantizationAwareTraining(pl.Callback):
         self.num_calibration_batches = num_calibration_batches
         self.network = network
 
-        self._plan: QuantizationPlan | None = None
+        self._training: QuantizedTraining | None = None
         self._resumes = False
-        self._now: int = 0
-        self._calibrated_at: int | None = None
         self._restored: dict[str, Any] | None = None
         self._frozen = FrozenBatchNorms()
         self._calls: CallWatch | None = None
@@ -193,7 +180,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Carry the quantizers in checkpoints; refuse what cannot work before it is loaded."""
         carry_structure(pl_module)
         if stage == "fit":
-            self._plan = self._restored = None  # evaluating a checkpoint leaves its state here
+            self._training = self._restored = None  # evaluating a checkpoint leaves its state here
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
             check_stage_order(trainer, pl_module)
@@ -206,25 +193,24 @@ class QuantizationAwareTraining(pl.Callback):
         refuse_compiled_module(pl_module, type(self).__name__)  # configure_model may have done it
         self._refuse_shared_network(trainer, pl_module)
         network = self._network(pl_module)
-        self._calibrated_at = None
         state, self._restored = self._restored, None
         if state is None or state["declared"] != self._declared or not is_quantized(network):
             self._refuse_other_scales(state)
             draw_batches(trainer, 1)  # says so now if there are none
-            self._plan = self.moments.resolve(trainer, self.scheme, type(self).__name__)
+            plan = self.moments.resolve(trainer, self.scheme, type(self).__name__)
+            self._training = self._with_plan(plan)
             self._resumes = False
         else:
             # The run keeps the moments it was started with, also when max_epochs has grown.
-            self._plan, self._resumes = QuantizationPlan(**state["plan"]), True
-            train_scales(trainer, network)  # before the optimizer's state is restored
-            let_scales_learn(network, quantized_network(network).quantizing)
-            self._rewrap(trainer, pl_module)
+            self._training = self._with_plan(QuantizationPlan(**state["plan"]))
+            self._resumes = True
+            self._training.resume(trainer, pl_module)
         check_resolved_order(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the network calibrated quantizers, after cuts and clusters of the first step."""
         if not self._resumes:
-            self._prepare(trainer, pl_module)
+            self._active.prepare(trainer, pl_module)
         network = self._network(pl_module)
         self._calls = CallWatch(network)
         self._bound += [
@@ -232,13 +218,13 @@ class QuantizationAwareTraining(pl.Callback):
             SteadyScales(trainer, network),
             AverageWatch(trainer, lambda average: follow_in_average(pl_module, network, average)),
         ]
-        self._follow_plan(trainer, pl_module)
+        self._active.follow_plan(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep frozen batch norms in evaluation mode, which validation and epochs undo."""
-        if not self._active_plan.batch_norm_frozen(self._now):
+        if not self._active.plan.batch_norm_frozen(self._active.now):
             return
         extra = num_extra_epochs(trainer)
         if extra and trainer.current_epoch >= (trainer.max_epochs or 0) - extra:
@@ -266,7 +252,7 @@ class QuantizationAwareTraining(pl.Callback):
         quantization = quantized_network(self._network(pl_module))
         if quantization.observing:
             agree_on_ranges(trainer, quantization)
-        self._follow_plan(trainer, pl_module)
+        self._active.follow_plan(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if training does not reach what was quantized."""
@@ -284,15 +270,16 @@ class QuantizationAwareTraining(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before weights had their bits."""
         self._frozen.release()
-        plan, name, unit = self._active_plan, type(self).__name__, self.moments.unit
+        plan, now = self._active.plan, self._active.now
+        name, unit = type(self).__name__, self.moments.unit
         if not quantized_network(self._network(pl_module)).quantizing:
             rank_zero_warn(
                 f"{name}: training ended before {unit} {plan.begin}, where rounding begins; the "
                 "network was not trained with integers. Train longer, or begin earlier."
             )
-        elif plan.least_bits(self._now) > plan.last_bits:
+        elif plan.least_bits(now) > plan.last_bits:
             rank_zero_warn(
-                f"{name}: training ended with {plan.least_bits(self._now)} bits; {plan.last_bits} "
+                f"{name}: training ended with {plan.least_bits(now)} bits; {plan.last_bits} "
                 f"are reached at {unit} {plan.bits_end}. Train longer."
             )
 
@@ -326,12 +313,12 @@ class QuantizationAwareTraining(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """When things happen, as plain data; scales are among the module's weights."""
-        if self._plan is None:
+        if self._training is None:
             return self._restored or {}
         return {
             "declared": self._declared,
-            "plan": dict(vars(self._plan)),
-            "learned": self._learns,
+            "plan": dict(vars(self._training.plan)),
+            "learned": self._training.learns,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -342,13 +329,24 @@ class QuantizationAwareTraining(pl.Callback):
 
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """From where rounding begins to the end of the run."""
-        moments = self._plan if resolved else self.moments
-        return None if moments is None else StageSpan(moments.begin, math.inf, self.moments.unit)
+        if not resolved:
+            return StageSpan(self.moments.begin, math.inf, self.moments.unit)
+        if self._training is None:
+            return None
+        return StageSpan(self._training.plan.begin, math.inf, self.moments.unit)
 
     @property
-    def _active_plan(self) -> QuantizationPlan:
-        assert self._plan is not None, "on_fit_start has not run"
-        return self._plan
+    def _active(self) -> QuantizedTraining:
+        assert self._training is not None, "on_fit_start has not run"
+        return self._training
+
+    def _with_plan(self, plan: QuantizationPlan) -> QuantizedTraining:
+        name, unit, num_batches = (
+            type(self).__name__,
+            self.moments.unit,
+            self.num_calibration_batches,
+        )
+        return QuantizedTraining(name, self.scheme, plan, unit, self.network, num_batches)
 
     @property
     def _declared(self) -> str:
@@ -357,10 +355,6 @@ class QuantizationAwareTraining(pl.Callback):
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         return find_network(pl_module, self.network)
-
-    @property
-    def _learns(self) -> bool:
-        return self.scheme.weight_ranges == "learned"
 
     def _refuse_shared_network(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = set(self._network(pl_module).modules())
@@ -382,66 +376,6 @@ class QuantizationAwareTraining(pl.Callback):
                 "other scales. Resume under the same arguments, or begin a new run from the "
                 "weights: load_compressed(checkpoint, module), then fit without ckpt_path."
             )
-
-    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        network = self._network(pl_module)
-        if is_quantized(network):  # by another stage, with other bits
-            drop_scales(trainer, network)
-            remove_quantization(network)
-        sample = self._sample(trainer, pl_module)
-        scheme = self.scheme.with_per_tensor(clustered_weights(trainer, pl_module, network))
-        quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
-        rank_zero_info(f"{type(self).__name__}: {quantization.placement}")
-        quantization.least_weight_bits = self._active_plan.first_bits
-        self._now = current_moment(trainer, pl_module, self.moments.unit)
-        self._calibrate(trainer, pl_module, sample)
-        quantization.set_mode(observing=False, quantizing=False)
-        train_scales(trainer, network)
-        let_scales_learn(network, False)
-
-    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainingSample:
-        network = self._network(pl_module)
-        return TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
-
-    def _calibrate(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, sample: TrainingSample
-    ) -> None:
-        network = self._network(pl_module)
-        calibrate(network, lambda net, batch: batch.run(net), sample.inputs, "moving_average")
-        agree_on_ranges(trainer, quantized_network(network), also_learned=True)
-        for average in quantizers_of_averages(trainer, pl_module, network):
-            average.load_state_dict(quantized_network(network).state_dict())
-        self._calibrated_at = self._now
-
-    def _follow_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._now = now = current_moment(trainer, pl_module, self.moments.unit)
-        plan, network = self._active_plan, self._network(pl_module)
-        quantization = quantized_network(network)
-        averages = quantizers_of_averages(trainer, pl_module, network)
-        before = (quantization.quantizing, quantization.least_weight_bits)
-        if plan.least_bits(now) != quantization.least_weight_bits:
-            quantization.least_weight_bits = plan.least_bits(now)
-            if self._learns:
-                fit_weights(network)  # the best range for fewer bits is a smaller one
-            for average in averages:
-                average.load_state_dict(quantization.state_dict())
-        begins = plan.rounds(now) and not quantization.quantizing
-        if begins and self._calibrated_at != now:
-            self._calibrate(trainer, pl_module, self._sample(trainer, pl_module))
-        for part in (quantization, *averages):
-            part.set_mode(observing=not plan.ranges_frozen(now), quantizing=plan.rounds(now))
-        if begins:
-            let_scales_learn(network, True)
-            self._rewrap(trainer, pl_module)
-        after = (quantization.quantizing, quantization.least_weight_bits)
-        if after != before or now == 0:
-            values = {"quantization/quantizing": float(after[0])}
-            values["quantization/weight_bits"] = float(after[1])
-            tracking.log_metrics(trainer, values)
-
-    def _rewrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._learns:
-            rewrap(trainer, pl_module)
 
     def _let_go(self) -> None:
         self._frozen.release()

@@ -79,8 +79,8 @@ def _input_of(path: str) -> ExampleInputs:
         shapes = file.input_shapes
     if any(length is None for shape in shapes for length in shape[1:]):
         raise ValueError(
-            f"{path} takes inputs of any length, so that nothing says which to time; give the shape "
-            "of one example, as in --input-shape 3,32,32."
+            f"{path} takes inputs of any length, so that nothing says which to time; give the "
+            "shape of one example, as in --input-shape 3,32,32."
         )
     return tuple(
         torch.randn([length or 1 for length in shape], generator=generator) for shape in shapes

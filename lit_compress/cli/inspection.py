@@ -141,7 +141,9 @@ def benchmark(args: Sequence[str]) -> None:
     network = subject.network
     if options.sparse_kernels:
         network, replaced = use_sparse_kernels(network)
-        print(f"CSR products in {len(replaced)} layers: {', '.join(replaced) or 'none is sparse'}\n")
+        print(
+            f"CSR products in {len(replaced)} layers: {', '.join(replaced) or 'none is sparse'}\n"
+        )
     comparisons = [
         compare_latency(
             dense,

@@ -13,6 +13,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
 from lit_compress.callbacks.distillation import Distillation
@@ -104,6 +105,10 @@ class CompressionCLI(LightningCLI):
         assets = self._get(self.config, "assets")
         if assets is not None:
             os.environ["LIT_COMPRESS_ASSETS"] = str(assets)
+
+    def after_instantiate_classes(self) -> None:
+        """Have the model take the cuts and quantizers of whatever checkpoint it is given."""
+        carry_structure(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put the named callbacks around those of ``trainer.callbacks``."""

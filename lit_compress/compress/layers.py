@@ -14,13 +14,23 @@ from torch.nn.utils import parametrize
 
 from lit_compress.compress.patterns import SparsityPattern
 
-__all__ = ["LayerType", "Selection", "SkippedWeight", "select_weights"]
+__all__ = ["LayerType", "Selection", "SkippedWeight", "refuse_bare_string", "select_weights"]
 
 LayerType = Literal["conv", "depthwise", "linear", "attention", "recurrent", "embedding"]
 LAYER_TYPES: tuple[str, ...] = get_args(LayerType)
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def refuse_bare_string(name: str, value: object) -> None:
+    """A string where a list of them belongs would be taken for a list of its letters.
+
+    Raises:
+        ValueError: If ``value`` is a string.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
 
 
 @dataclass(frozen=True)

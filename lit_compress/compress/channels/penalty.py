@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.schedules import check_moment
 
-__all__ = ["ChannelPenalty", "add_penalty"]
+__all__ = ["ChannelPenalty", "PenaltyKind", "add_penalty"]
+
+
+PenaltyKind: TypeAlias = Literal["l2", "group_lasso"]
+"""The norm of a penalty."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ChannelPenalty:
     """
 
     strength: float
-    kind: Literal["l2", "group_lasso"] = "l2"
+    kind: PenaltyKind = "l2"
     begin: int | float = 0
 
     def __post_init__(self) -> None:
@@ -65,7 +69,7 @@ def add_penalty(
     groups: ChannelGroups,
     keep: Tensor,
     strength: float,
-    kind: Literal["l2", "group_lasso"] = "l2",
+    kind: PenaltyKind = "l2",
 ) -> None:
     """Add the pull on channels that are about to go to the gradients of what makes them.
 
