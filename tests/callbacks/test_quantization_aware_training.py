@@ -283,7 +283,7 @@ def test_scales_are_trained_or_observed_under_every_trainer(settings, steps, ran
     assert all(bool((scale > 0).all() and scale.isfinite().all()) for scale in last)
     changed = [not torch.equal(a, b) for a, b in zip(watch.seen[-4][1], last, strict=True)]
     assert sum(changed) >= len(changed) - 1
-    assert callback._now == steps
+    assert callback._training.now == steps
 
 
 @pytest.mark.parametrize("ranges", ["observed", "learned"])

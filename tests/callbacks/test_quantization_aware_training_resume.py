@@ -123,7 +123,7 @@ def test_a_resumed_run_keeps_its_moments_when_it_is_made_longer(tmp_path):
     fit(qat(begin=0.5), save, enable_checkpointing=True, max_epochs=1)
     callback = qat(begin=0.5)
     fit(callback, ckpt_path=tmp_path / "step=8.ckpt", max_epochs=3)
-    assert callback._active_plan.begin == 4
+    assert callback._training.plan.begin == 4
 
 
 @pytest.mark.parametrize("averaging", [False, True], ids=["plain", "ema"])
