@@ -24,6 +24,7 @@ from lit_compress.callbacks._network_calls import (
     find_network,
     is_compiled,
 )
+from lit_compress.compress.packed_checkpoint import write_packed_checkpoint
 from lit_compress.compress.quantization.network import Quantization, without_quantizers
 from lit_compress.compress.quantization.quantizers import WeightQuantizer
 from lit_compress.measure import (
@@ -48,6 +49,8 @@ class CompressionSummary(pl.Callback):
     The dense side is the network as it is when the fit begins. When the fit ends, the report is
     printed, written to ``compression_report.json``, ``.md`` and PNG plots, and sent to the loggers
     (W&B: table, plots and an artifact; TensorBoard: text). It is also the attribute ``report``.
+    A network on integers or with clustered weights is also written to ``packed.ckpt``, which
+    :func:`lit_compress.load_compressed` opens; its size is among the compressed ones.
 
     Metrics are those that validation logged: the compressed side has the last ones of the fit; the
     dense side the last ones that were taken before any callback changed the network. A run that
@@ -159,9 +162,17 @@ class CompressionSummary(pl.Callback):
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         if not trainer.is_global_zero:
             return
-        self.report = self._make_report(self._network_of(pl_module), pl_module.device)
+        network = self._network_of(pl_module)
+        self.report = self._make_report(network, pl_module.device)
+        packed = []
+        if _at_work(network) or any(getattr(c, "clustered_names", ()) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            packed = [folder / "packed.ckpt"]
+            self.report = _with_packed_size(
+                self.report, write_packed_checkpoint(packed[0], pl_module)
+            )
         rank_zero_info(f"\n{self.report}")
         files = [
+            *packed,
             self.report.save_json(folder / "compression_report.json"),
             self.report.save_markdown(folder / "compression_report.md"),
         ]
@@ -229,8 +240,8 @@ class CompressionSummary(pl.Callback):
             bits = sorted({q.grid.bits for q in every if isinstance(q, WeightQuantizer)})
             notes.append(
                 f"The network is quantized, its weights to {' and '.join(map(str, bits))} bits. "
-                "Sizes and latency are of its weights in floating point; those of integers are "
-                "the exported file's."
+                "Sizes but the packed one, and latency, are of its weights in floating point; the "
+                "latency of integers is the exported file's."
             )
         counted = without_quantizers(copy.deepcopy(network)) if quantizations else network
         compressed = measure_model(counted, self._inputs, name="compressed")
@@ -264,6 +275,11 @@ def _numbers(network: nn.Module) -> tuple[int, ...]:
     weights = sum(row.num_weights for row in rows)
     zeros = weights - sum(row.num_nonzero_weights for row in rows)
     return weights, zeros, sum(len(found.quantizers) for found in _at_work(network))
+
+
+def _with_packed_size(report: CompressionReport, size: int) -> CompressionReport:
+    sizes = {**report.compressed.compressed_size_bytes, "packed": size}
+    return replace(report, compressed=replace(report.compressed, compressed_size_bytes=sizes))
 
 
 def _at_work(network: nn.Module) -> list[Quantization]:

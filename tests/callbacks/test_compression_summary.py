@@ -6,7 +6,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
-from lit_compress import CompressionReport, CompressionSummary, MagnitudeSparsity, Schedule
+from lit_compress import (
+    CompressionReport,
+    CompressionSummary,
+    MagnitudeSparsity,
+    QuantizationAwareTraining,
+    Schedule,
+    WeightClustering,
+    load_compressed,
+)
 from tests.callbacks.nets import Net, loader, same_weights, trainer
 
 WEIGHTS = 72 + 128 + 256
@@ -153,3 +161,38 @@ def test_it_can_be_used_again(tmp_path):
     first = summary.report
     fit(summary)
     assert summary.report == first
+
+
+def bare(module):
+    """A network of the same kind with other weights."""
+    return type(module)()
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        QuantizationAwareTraining(num_calibration_batches=1),
+        WeightClustering(4, preserve_sparsity=False),
+    ],
+    ids=["quantized", "clustered"],
+)
+def test_integers_and_clusters_are_packed_and_their_file_opens(callback, tmp_path):
+    torch.manual_seed(1)
+    module, summary = Net(), summary_in(tmp_path)
+    trainer(callbacks=[callback, summary]).fit(module, loader(), loader(32))
+    sizes = summary.report.compressed.compressed_size_bytes
+    file = tmp_path / "packed.ckpt"
+    assert sizes["packed"] == file.stat().st_size
+    assert "packed" not in summary.report.dense.compressed_size_bytes
+    assert "packed" in str(summary.report)
+    again = load_compressed(file, bare(module)).eval()
+    images = next(iter(loader()))[0]
+    with torch.no_grad():
+        assert torch.equal(again(images), module.eval()(images))
+
+
+def test_a_sparse_network_is_not_packed(tmp_path):
+    summary = summary_in(tmp_path)
+    fit(summary)
+    assert "packed" not in summary.report.compressed.compressed_size_bytes
+    assert not (tmp_path / "packed.ckpt").exists()

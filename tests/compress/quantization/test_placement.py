@@ -62,7 +62,10 @@ def test_convolution_batch_norm_and_relu_have_one_point():
     assert plan.weights == {f"{i}:conv2d:0": f"{i}.weight" for i in (0, 3, 6)}
     assert plan.biases == {"6:conv2d:0": "6.bias"}
     assert plan.layer_inputs == {
-        "0:conv2d:0": "input:0", "3:conv2d:0": "2:relu:0", "6:conv2d:0": "5:hardtanh:0"}  # fmt: skip
+        "0:conv2d:0": "input:0",
+        "3:conv2d:0": "2:relu:0",
+        "6:conv2d:0": "5:hardtanh:0",
+    }
     assert plan.outputs == same("6:conv2d:0")  # the answer stays as exact as it is
     assert plan.floating == {}
 
