@@ -39,8 +39,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_compress import QuantizationAwareTraining
-from lit_compress.compress.quantization.network import calibrate, prepare
-from lit_compress.compress.quantization.scheme import QuantizationScheme
+from lit_compress.compress.quantization.post_training import (
+    PostTrainingScheme,
+    quantize_after_training,
+)
 from lit_compress.deploy import ParityTolerance, export
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "runtime_latency.json"
@@ -72,17 +74,16 @@ class Classifier(pl.LightningModule):
 
 
 def quantized_after_training(model: nn.Module, seen: list[Tensor]) -> nn.Module:
-    """A calibrated copy."""
+    """A calibrated copy; biases are corrected, which NNCF does too."""
     network = copy.deepcopy(model)
-    prepare(network, QuantizationScheme(), lambda net: net(seen[0]))
-    calibrate(network, lambda net, batch: net(batch), seen)
+    quantize_after_training(network, PostTrainingScheme(corrections=["bias_correction"]), seen)
     return network
 
 
 def trained_with_quantizers(model: nn.Module, network: Network, folder: Path) -> nn.Module:
     """A copy after a few steps with the callback, at half of the resolution to save time."""
     x, kinds = images(4 * KINDS, network.pixels // 2, seed=500)
-    module = Classifier(copy.deepcopy(model))
+    module = Classifier(copy.deepcopy(model).train())
     trainer = pl.Trainer(
         max_epochs=1,
         callbacks=[QuantizationAwareTraining()],

@@ -164,12 +164,7 @@ class CompressionSummary(pl.Callback):
             return
         network = self._network_of(pl_module)
         self.report = self._make_report(network, pl_module.device)
-        packed = []
-        if _at_work(network) or any(getattr(c, "clustered_names", ()) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            packed = [folder / "packed.ckpt"]
-            self.report = _with_packed_size(
-                self.report, write_packed_checkpoint(packed[0], pl_module)
-            )
+        packed = self._pack(trainer, pl_module, folder / "packed.ckpt")
         rank_zero_info(f"\n{self.report}")
         files = [
             *packed,
@@ -230,6 +225,20 @@ class CompressionSummary(pl.Callback):
             self._dense = measure_model(dense, on_cpu, name="dense")
         if not self.latency:
             self._dense_copies = []
+
+    def _pack(self, trainer: pl.Trainer, pl_module: pl.LightningModule, file: Path) -> list[Path]:
+        """Write what packing makes smaller, and note the size."""
+        assert self.report is not None
+        clustered = any(getattr(c, "clustered_names", ()) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if not clustered and not _at_work(self._network_of(pl_module)):
+            return []
+        try:
+            size = write_packed_checkpoint(file, pl_module)
+        except ValueError as error:  # a state that is no plain data must not end the run
+            rank_zero_warn(f"CompressionSummary writes no packed file: {error}")
+            return []
+        self.report = _with_packed_size(self.report, size)
+        return [file]
 
     def _make_report(self, network: nn.Module, device: torch.device) -> CompressionReport:
         dense, notes = self._dense, []

@@ -43,7 +43,7 @@ def test_networks_are_the_same_each_time_and_tell_kinds_apart():
     x, kinds = images(5 * KINDS, network.pixels, seed=77)
     with torch.no_grad():
         logits = model(x)
-    assert (logits.argmax(1) == kinds).float().mean() > 0.8
+    assert (logits.argmax(1) == kinds).float().mean() > 0.3  # by chance: 0.1
     assert logits.std(0).mean() > 0.1 * logits.std()  # they depend on the image
 
 
