@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from lit_compress.compress.quantization.network import calibrate, prepare
 from lit_compress.compress.quantization.scheme import QuantizationScheme
-from lit_compress.deploy import export, load_file
+from lit_compress.deploy import export
 from lit_compress.deploy.onnx_stem import on_blocks, put_stem_on_blocks
-from tests.deploy.nets import small_net
+from tests.deploy.nets import images, small_net
 
 
 def space_to_depth(x, size):
@@ -56,46 +56,82 @@ def test_the_stem_of_resnets_gets_four_by_four_weights():
     assert pads == [1, 1, 0, 0]
 
 
-def quantized(stem, pixels=12):
-    net = small_net()
-    net.conv1 = stem
-    x = torch.randn(8, stem.in_channels, pixels, pixels, generator=torch.Generator().manual_seed(3))
-    prepare(net, QuantizationScheme(), lambda network: network(x))
-    calibrate(net, lambda network, batch: network(batch), [x])
-    return net, x
-
-
-def written(stem, tmp_path, monkeypatch=None, pixels=12):
+def model_of(stem, pixels=12):
+    """A quantized image, a convolution with int8 weights, a quantized result; as ONNX."""
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    net, x = quantized(stem, pixels)
-    path = export(net, "ort-int8", tmp_path / "net.onnx", x).path
-    return onnx.load(str(path)), path, x
+    make, kinds = onnx.helper.make_node, onnx.TensorProto
+    out, channels = stem.out_channels, stem.in_channels
+    weight = torch.randint(-127, 128, stem.weight.shape, dtype=torch.int8)
+    (top, left), (kh, kw) = stem.padding, stem.kernel_size
+    settings = {
+        "kernel_shape": [kh, kw],
+        "strides": list(stem.stride),
+        "pads": [top, left, top, left],
+        "dilations": list(stem.dilation),
+        "group": stem.groups,
+    }
+    nodes = [
+        make("QuantizeLinear", ["image", "xs", "xz"], ["q"]),
+        make("DequantizeLinear", ["q", "xs", "xz"], ["x"]),
+        make("DequantizeLinear", ["weight", "ws", "wz"], ["w"], axis=0),
+        make("Conv", ["x", "w"], ["y"], **settings),
+        make("QuantizeLinear", ["y", "ys", "yz"], ["yq"]),
+        make("DequantizeLinear", ["yq", "ys", "yz"], ["out"]),
+    ]
+    tensor = onnx.helper.make_tensor
+    constants = [
+        tensor("weight", kinds.INT8, weight.shape, weight.numpy().tobytes(), raw=True),
+        tensor("ws", kinds.FLOAT, [out], [0.01] * out),
+        tensor("wz", kinds.INT8, [out], [0] * out),
+        tensor("xs", kinds.FLOAT, [], [0.03]),
+        tensor("xz", kinds.UINT8, [], [120]),
+        tensor("ys", kinds.FLOAT, [], [0.1]),
+        tensor("yz", kinds.UINT8, [], [128]),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "stem",
+        [value("image", kinds.FLOAT, ["batch", channels, pixels, pixels])],
+        [value("out", kinds.FLOAT, ["batch", out, "height", "width"])],
+        constants,
+    )
+    versions = [onnx.helper.make_opsetid("", 18)]
+    return onnx.helper.make_model(graph, opset_imports=versions, ir_version=9)
+
+
+def kinds_of(model):
+    return [node.op_type for node in model.graph.node]
 
 
 @pytest.mark.parametrize(
     "stem",
     [
-        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
         nn.Conv2d(3, 8, 7, stride=2, padding=3),
-        nn.Conv2d(1, 8, 4, stride=4),
+        nn.Conv2d(1, 8, (4, 5), stride=4, padding=(0, 2)),
     ],
 )
-def test_a_file_is_rewritten_and_gives_the_same_bits(stem, tmp_path, monkeypatch):
-    from lit_compress.deploy import onnx as onnx_route
-    from lit_compress.deploy.onnx import fused_operators
-
+def test_a_graph_is_rewritten_and_gives_the_same_bits(stem):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model, path, x = written(stem, tmp_path)
-    assert [node.op_type for node in model.graph.node].count("SpaceToDepth") == 1
-    assert fused_operators(path)["QLinearConv"] == 3
-    with monkeypatch.context() as patch:
-        patch.setattr(onnx_route, "put_stem_on_blocks", lambda graph: False)
-        (tmp_path / "plain").mkdir()
-        plain, plain_path, _ = written(stem, tmp_path / "plain")
-    assert "SpaceToDepth" not in [node.op_type for node in plain.graph.node]
-    with load_file(path) as folded, load_file(plain_path) as strided:
-        assert torch.equal(folded((x,))[0], strided((x,))[0])
+    model = model_of(stem)
+    x = torch.randn(3, stem.in_channels, 12, 12).numpy()
+
+    def run():
+        onnx.checker.check_model(model, full_check=True)
+        session = runtime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        return torch.from_numpy(session.run(None, {"image": x})[0])
+
+    expected = run()
+    assert put_stem_on_blocks(model.graph) is True
+    assert kinds_of(model)[0] == "SpaceToDepth"
+    assert torch.equal(run(), expected)
+    assert expected.unique().numel() > 10
+    assert put_stem_on_blocks(model.graph) is False  # once is enough
 
 
 @pytest.mark.parametrize(
@@ -103,15 +139,42 @@ def test_a_file_is_rewritten_and_gives_the_same_bits(stem, tmp_path, monkeypatch
     [
         (nn.Conv2d(3, 8, 3, padding=1), 12),  # no stride
         (nn.Conv2d(3, 8, 3, stride=2, padding=1), 13),  # blocks do not divide the images
+        (nn.Conv2d(3, 8, 3, stride=2, padding=1), "side"),  # of a size that is not known
         (nn.Conv2d(6, 8, 3, stride=2, padding=1), 12),  # enough channels as it is
+        (nn.Conv2d(3, 9, 3, stride=2, padding=1, groups=3), 12),
         (nn.Conv2d(3, 8, 3, stride=2, padding=2, dilation=2), 12),
         (nn.Conv2d(3, 8, (3, 3), stride=(2, 1), padding=1), 12),
         (nn.Conv2d(3, 8, 1, stride=2), 12),  # most of the blocks would be multiplied by zero
     ],
 )
-def test_others_are_left_as_they_are(stem, pixels, tmp_path):
-    model, _, _ = written(stem, tmp_path, pixels=pixels)
-    assert "SpaceToDepth" not in [node.op_type for node in model.graph.node]
+def test_others_are_left_as_they_are(stem, pixels):
+    model = model_of(stem, pixels)
     before = model.SerializeToString()
     assert put_stem_on_blocks(model.graph) is False
     assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("reader", ["q", "x", "w", "weight"])
+def test_what_something_else_reads_too_stays(reader):
+    model = model_of(nn.Conv2d(3, 8, 3, stride=2, padding=1))
+    other = type(model.graph.node[0])(op_type="Identity", input=[reader], output=["other"])
+    model.graph.node.append(other)
+    assert put_stem_on_blocks(model.graph) is False
+
+
+def test_an_exported_network_begins_with_blocks(tmp_path):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    from lit_compress.deploy.onnx import fused_operators
+
+    net = small_net()
+    net.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+    x = images(8)
+    prepare(net, QuantizationScheme(), lambda network: network(x))
+    calibrate(net, lambda network, batch: network(batch), [x])
+    done = export(net, "ort-int8", tmp_path / "net.onnx", x)
+    assert done.parity.cosine > 0.999
+    assert kinds_of(onnx.load(str(done.path)))[0] == "SpaceToDepth"
+    kernels = fused_operators(done.path)
+    assert kernels["QLinearConv"] == 3
+    assert "Conv" not in kernels

@@ -46,14 +46,14 @@ def needs_assets(command: list[str]) -> bool:
 
 
 def made_small(command: tuple[str, ...]) -> list[str]:
-    small = Path(command[-1]).parent / "small.yaml"
+    last = max(index for index, word in enumerate(command) if word.endswith(".yaml"))
+    small = Path(command[last]).parent / "small.yaml"
     if not small.is_file():
         return [*command, "--trainer.max_epochs=2", "--summary.latency=false"]
     if str(small) in command:
         return [*command]
     # After the last file, before what the command sets itself.
-    files = max(index for index, word in enumerate(command) if word.endswith(".yaml")) + 1
-    return [*command[:files], "--config", str(small), *command[files:]]
+    return [*command[: last + 1], "--config", str(small), *command[last + 1 :]]
 
 
 def test_recipes_are_found():
