@@ -74,5 +74,5 @@ def test_the_last_run_of_a_sweep_runs(sweep):
     *_, (*arguments,) = runs_of(sweep, SCOPES[sweep.stem][0])
     assert main([*arguments, SMALL]) == 0
     report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
-    assert report.compressed.metrics.keys() == report.dense.metrics.keys()
+    assert "val_top1" in report.compressed.metrics
     assert os.path.getsize(next(Path.cwd().rglob("quantized.ckpt"))) > 0
