@@ -181,7 +181,6 @@ def skewed() -> Net:
         (["bias_correction"], 8, built),
         (["bias_correction", "adaround", "equalization"], 4, skewed),
     ],
-    ids=str,
 )
 def test_corrections_bring_few_bits_nearer_to_the_float_network(
     corrections, activation_bits, network
