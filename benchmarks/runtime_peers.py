@@ -36,7 +36,7 @@ def quantize_by_onnxruntime(float_file: Path, seen: Sequence[Tensor], path: Path
     onnx: Any = import_module("onnx")
     name = onnx.load(str(float_file)).graph.input[0].name
 
-    class Images(ort.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Images(ort.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._left: Iterator[Tensor] = iter(seen)
 
@@ -85,7 +85,7 @@ def run_openvino(path: Path) -> Run:
     def run(batch: Tensor) -> Tensor:
         outputs = [
             torch.from_numpy(request.infer({0: one.numpy()}, share_inputs=True)[0].copy())
-            for one in batch.split(1)
+            for one in torch.split(batch, 1)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

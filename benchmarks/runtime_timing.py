@@ -7,6 +7,7 @@ wall shows for one thread; on a busy one it still is, where the wall shows the o
 from __future__ import annotations
 
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import distributions
@@ -23,23 +24,24 @@ PACKAGES = (
 def time_in_turns(
     calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Time each call once a round; in every round another one comes first.
+    """Time each call once a round, in an order that is drawn anew.
+
+    What ran before leaves its data in the caches, so no call is to follow the same one each time.
 
     Returns:
         By name, in milliseconds: median and quartiles of processor time, and median of wall time.
     """
     processor: dict[str, list[float]] = {name: [] for name in calls}
     wall: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    drawn = random.Random(0)
     for turn in range(warmup + rounds):
-        for name in order:
+        for name in drawn.sample(list(calls), len(calls)):
             began, used = time.perf_counter(), time.process_time()
             calls[name]()
             used, taken = time.process_time() - used, time.perf_counter() - began
             if turn >= warmup:
                 processor[name].append(1e3 * used)
                 wall[name].append(1e3 * taken)
-        order = order[1:] + order[:1]
     return {name: _summary(processor[name], wall[name]) for name in calls}
 
 
@@ -58,11 +60,8 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {"processor": platform.machine(), "python": platform.python_version()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        lines = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in cpuinfo.read_text().splitlines()
-            if ":" in line
-        )
+        pairs = (line.partition(":") for line in cpuinfo.read_text().splitlines() if ":" in line)
+        lines = {name.strip(): value.strip() for name, _, value in pairs}
         facts["processor"] = lines.get("model name", facts["processor"])
         flags = lines.get("flags", "").split()
         facts["vnni"] = any(flag in flags for flag in ("avx512_vnni", "avx_vnni"))
