@@ -26,6 +26,7 @@ from lit_compress.compress.layers import (
     LayerType,
     Selection,
     plain_name,
+    refuse_bare_string,
     select_weights,
 )
 from lit_compress.compress.masked_weights import MaskedWeights
@@ -112,8 +113,7 @@ class MagnitudeSparsity(pl.Callback):
         )
         self.schedule = schedule
         for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+            refuse_bare_string(name, value)
         if self.target.layers is not None and layers is not None:
             raise ValueError(
                 "final_sparsity is a mapping and layers is given too; the mapping's keys already "

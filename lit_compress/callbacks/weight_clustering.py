@@ -31,7 +31,13 @@ from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modul
 from lit_compress.callbacks.magnitude_sparsity import Removable
 from lit_compress.compress.clustered_weights import ClusteredWeights, Clusters
 from lit_compress.compress.clustering import ClusterInit, check_init, check_num_clusters
-from lit_compress.compress.layers import LayerType, Selection, plain_name, select_weights
+from lit_compress.compress.layers import (
+    LayerType,
+    Selection,
+    plain_name,
+    refuse_bare_string,
+    select_weights,
+)
 from lit_compress.compress.schedules import check_moment
 
 __all__ = ["WeightClustering"]
@@ -113,8 +119,7 @@ class WeightClustering(pl.Callback):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected true or false.")
         for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
-            if isinstance(value, str):
-                raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+            refuse_bare_string(name, value)
         if by_layer is not None and layers is not None:
             raise ValueError(
                 "num_clusters is a mapping and layers is given too; the mapping's keys already "

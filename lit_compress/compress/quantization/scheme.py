@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
+from lit_compress.compress.layers import refuse_bare_string
 from lit_compress.compress.quantization.affine import Grid
 
 __all__ = ["ActivationRanges", "QuantizationScheme", "WeightRanges"]
@@ -73,8 +74,7 @@ class QuantizationScheme:
         _check_choice("activation_ranges", self.activation_ranges, ActivationRanges)
         for name in ("ignored_layers", "per_tensor_weights"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+            refuse_bare_string(name, value)
             if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in (*value,)):
                 raise ValueError(
                     f"{name} is {value!r}; give a list of names, as in ['features.0']."
