@@ -28,7 +28,13 @@ from lit_compress.compress.channels.output_samples import (
     sample_positions,
 )
 
-__all__ = ["ReconstructedLayer", "Reconstruction", "gather_equations", "reconstruct"]
+__all__ = [
+    "ReconstructedLayer",
+    "Reconstruction",
+    "gather_equations",
+    "layers_to_reconstruct",
+    "reconstruct",
+]
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -197,6 +203,19 @@ def gather_equations(
     if num_calls is None:
         raise ValueError("batches is empty; give at least one calibration batch.")
     return gathering.equations
+
+
+def layers_to_reconstruct(dense: nn.Module, groups: ChannelGroups) -> list[str]:
+    """The layers that can get new weights if any of their input channels go.
+
+    Args:
+        dense: The model.
+        groups: Its channels.
+    """
+    readers = dict.fromkeys(
+        axis.tensor.removesuffix(".weight") for axis in groups.axes if axis.role == "in"
+    )
+    return [layer for layer in readers if _reason_to_leave(dense, layer) is None]
 
 
 class _Gathering:
