@@ -32,12 +32,12 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from quantization_training import be_quiet, quiet_trainer, trained_module
+from quantization_training import LABELS, be_quiet, quiet_trainer, spread, trained_module
 from torch import Tensor, nn
 
 from lit_compress.compress.quantization.bias_correction import correct_bias
@@ -60,6 +60,7 @@ CORRECTIONS = (
     "all",
 )
 RANGES = ("minmax", "moving_average", "histogram", "percentile", "mse")
+TIMED_BITS = (4, 8)
 ADAROUND_BITS = ((4, 8), (3, 8))  # at 8 bits next to nothing is left to win, and it costs minutes
 
 Batch = tuple[Tensor, Tensor]
@@ -221,52 +222,88 @@ def _point(result: dict[str, Any]) -> Point:
     return Point(**{name: result[name] for name in Point.__dataclass_fields__})
 
 
+# --- What came out --------------------------------------------------------------------------------
+
+
+def complete_seeds(results: dict[str, Any]) -> list[int]:
+    """Seeds of which no point is missing. All that is shown is over these."""
+    finished = {_point(p) for p in results["points"]}
+    return [s for s in SEEDS if all(p in finished for p in points() if p.seed == s)]
+
+
 def scores(results: dict[str, Any], **what: Any) -> list[float]:
-    """Top-1 in percent of the points that are as said, one for each seed."""
-    return [
-        100 * p["top1"]
+    """Top-1 in percent of the points that are as said, one for each complete seed in turn."""
+    return [100 * p["top1"] for p in _shown(results, **what)]
+
+
+def gains(results: dict[str, Any], correction: str, **what: Any) -> list[float]:
+    """Points of a correction above ``none``, seed by seed."""
+    after = scores(results, correction=correction, ranges="mse", **what)
+    before = scores(results, correction="none", ranges="mse", **what)
+    return [a - b for a, b in zip(after, before, strict=bool(after))]
+
+
+def _shown(results: dict[str, Any], **what: Any) -> list[dict[str, Any]]:
+    seeds = complete_seeds(results)
+    found = [
+        p
         for p in results["points"]
-        if all(p[name] == value for name, value in what.items())
+        if p["seed"] in seeds and all(p[name] == value for name, value in what.items())
     ]
+    return sorted(found, key=lambda p: int(p["seed"]))
 
 
 def table(results: dict[str, Any]) -> str:
     """Corrections as a Markdown table: mean and standard deviation over the seeds."""
+    names = [_name(*bits) for bits in BITS]
     lines = [
-        "| network | correction | " + " | ".join(f"w{w}a{a}" for w, a in BITS) + " |",
-        "| --- | --- |" + " --- |" * len(BITS),
+        f"| network | correction | {' | '.join(names)} | seconds, {_name(*TIMED_BITS)} |",
+        "| --- | --- |" + " --- |" * (len(BITS) + 1),
     ]
     for model in MODELS:
-        name = f"{model} (float {100 * results['float'][model]:.2f})"
+        name = f"{LABELS[model]}, float {100 * results['float'][model]:.2f}"
         for correction in CORRECTIONS:
-            cells = [
-                _cell(scores(results, model=model, weight_bits=w, activation_bits=a,
-                             correction=correction, ranges="mse"))
-                for w, a in BITS
-            ]  # fmt: skip
-            lines.append(f"| {name} | {correction} | " + " | ".join(cells) + " |")
+            what = {"model": model, "correction": correction, "ranges": "mse"}
+            cells = [spread(scores(results, **_bits(*bits), **what)) for bits in BITS]
+            timed = [p["cpu_seconds"] for p in _shown(results, **_bits(*TIMED_BITS), **what)]
+            cells.append(f"{mean(timed):.0f}" if timed else "–")
+            lines.append(f"| {name} | {correction} | {' | '.join(cells)} |")
             name = ""
+    return "\n".join(lines)
+
+
+def gains_table(results: dict[str, Any]) -> str:
+    """What helped and what hurt on every seed, and by how many points on average, as Markdown."""
+    lines = ["| network | bits | better on every seed | worse on every seed |"]
+    lines.append("| --- | --- | --- | --- |")
+    for model in MODELS:
+        for bits in BITS:
+            found = {c: gains(results, c, model=model, **_bits(*bits)) for c in CORRECTIONS[1:]}
+            ranked = sorted((c for c in found if found[c]), key=lambda c: -mean(found[c]))
+            better = [f"{c} {mean(found[c]):+.2f}" for c in ranked if min(found[c]) > 0]
+            worse = [f"{c} {mean(found[c]):+.2f}" for c in ranked[::-1] if max(found[c]) < 0]
+            cells = [LABELS[model], _name(*bits), ", ".join(better) or "–", ", ".join(worse) or "–"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def ranges_table(results: dict[str, Any]) -> str:
     """Ranges of activations at eight bits, likewise."""
-    lines = ["| ranges (w8a8) | " + " | ".join(MODELS) + " |", "| --- |" + " --- |" * len(MODELS)]
+    labels = [LABELS[model] for model in MODELS]
+    lines = [f"| ranges (w8a8) | {' | '.join(labels)} |", "| --- |" + " --- |" * len(MODELS)]
     for ranges in RANGES:
-        cells = [
-            _cell(scores(results, model=model, weight_bits=8, activation_bits=8,
-                         correction="none", ranges=ranges))
-            for model in MODELS
-        ]  # fmt: skip
-        lines.append(f"| `{ranges}` | " + " | ".join(cells) + " |")
+        what = {"correction": "none", "ranges": ranges} | _bits(8, 8)
+        cells = [spread(scores(results, model=model, **what)) for model in MODELS]
+        lines.append(f"| `{ranges}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{spread}"
+def _bits(weight_bits: int, activation_bits: int) -> dict[str, Any]:
+    return {"weight_bits": weight_bits, "activation_bits": activation_bits}
+
+
+def _name(weight_bits: int, activation_bits: int) -> str:
+    return f"w{weight_bits}a{activation_bits}"
 
 
 def digits_top1(settings: Settings) -> dict[str, float]:
@@ -314,7 +351,7 @@ def main() -> int:
     if not arguments.quick:
         run_all(settings, arguments.workers, arguments.threads)
     results = read_results()
-    print(table(results), ranges_table(results), sep="\n\n")
+    print(table(results), gains_table(results), ranges_table(results), sep="\n\n")
     digits = digits_top1(settings)
     missed = check(results, digits)
     for line in missed:

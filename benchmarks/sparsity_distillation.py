@@ -83,8 +83,16 @@ def points() -> list[Point]:
     ]
 
 
-def callbacks(point: Point, settings: Settings) -> list[pl.Callback]:
-    """The callbacks under test."""
+def callbacks(
+    point: Point, settings: Settings, sparsities: dict[str, float] | None = None
+) -> list[pl.Callback]:
+    """The callbacks under test.
+
+    Args:
+        point: The run.
+        settings: The rest.
+        sparsities: Of each layer, by name; then the allocation is no rule's.
+    """
     chosen: list[pl.Callback] = []
     if "distillation" in point.method:
         chosen.append(
@@ -97,13 +105,19 @@ def callbacks(point: Point, settings: Settings) -> list[pl.Callback]:
     if "sparsity" in point.method:
         schedule = Schedule("cubic", begin=0, end=settings.schedule_end, update_every=0.01)
         chosen.append(
-            MagnitudeSparsity(point.sparsity, schedule=schedule, allocation=settings.allocation)  # type: ignore[arg-type]
+            MagnitudeSparsity(
+                sparsities or point.sparsity,
+                schedule=schedule,
+                allocation="uniform" if sparsities else settings.allocation,  # type: ignore[arg-type]
+            )
         )
     return chosen
 
 
-def train(point: Point, settings: Settings) -> dict[str, Any]:
-    """Train one point and score it on the test folder."""
+def train(
+    point: Point, settings: Settings, sparsities: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """Train one point and score it on the test folder; see :func:`callbacks`."""
     pl.seed_everything(point.seed, verbose=False)
     module = ImageClassifier(
         "resnet20",
@@ -116,7 +130,7 @@ def train(point: Point, settings: Settings) -> dict[str, Any]:
         seed=point.seed,
         max_train_per_class=settings.max_train_per_class,
     )
-    chosen = callbacks(point, settings)
+    chosen = callbacks(point, settings, sparsities)
     trainer = quiet_trainer(settings.epochs, chosen, precision=settings.precision)
     began = time.perf_counter()
     trainer.fit(module, data)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+__all__ = ["MethodWrapper", "Removable"]
+
+
+class Removable(Protocol):
+    """What was bound to a run and is to be taken off again."""
+
+    def remove(self) -> None:
+        """Undo the binding."""
 
 
 class MethodWrapper:

@@ -174,6 +174,13 @@ def find_network(pl_module: LightningModule, name: str | None) -> nn.Module:
     return complete[0] if len(complete) == 1 and everything else pl_module
 
 
+def find_uncompiled_network(pl_module: LightningModule) -> nn.Module:
+    """The network of a LightningModule, without the wrapper of ``torch.compile``."""
+    network = find_network(pl_module, None)
+    original: nn.Module = getattr(network, "_orig_mod", network)
+    return original
+
+
 def is_compiled(pl_module: LightningModule) -> bool:
     """Whether the module or a part of it runs through ``torch.compile``."""
     return pl_module._compiler_ctx is not None or any(

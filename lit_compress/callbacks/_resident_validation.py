@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -26,7 +26,13 @@ from torchmetrics import Metric
 from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.compress.calibration import evaluation_mode
 
-__all__ = ["ResidentValidation", "ValidationBatch", "record_validation", "with_network"]
+__all__ = [
+    "ResidentValidation",
+    "StopAfter",
+    "ValidationBatch",
+    "record_validation",
+    "with_network",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +48,10 @@ class ValidationBatch:
     content: Any
     index: int
     loader: int = 0
+
+
+StopAfter: TypeAlias = Callable[[Mapping[str, float], ValidationBatch], bool]
+"""Whether to end a validation after a batch, for the metrics so far."""
 
 
 class ResidentValidation:
@@ -85,11 +95,13 @@ class ResidentValidation:
             several_loaders = len({batch.loader for batch in batches}) > 1
         self._several = several_loaders
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
+    def __call__(self, network: nn.Module, stop_after: StopAfter | None = None) -> dict[str, float]:
         """Validate a network, which stays as it is, modes included.
 
         Args:
             network: Has the structure of the one it stands for, other sizes perhaps.
+            stop_after: Asked after each batch, with what was logged for the epoch up to there and
+                the batch; where it says so, no more batches are looked at.
 
         Returns:
             What was logged for the epoch, by the names it has in ``trainer.callback_metrics``.
@@ -106,7 +118,7 @@ class ResidentValidation:
             evaluation_mode(module),  # a fit that follows trains in the modes that it finds
         ):
             torch.manual_seed(0)
-            self._run(module, logged)
+            self._run(module, logged, stop_after)
             values = logged.reduced()
         _reset_metrics(module)
         return values
@@ -117,7 +129,9 @@ class ResidentValidation:
         module.trainer = self._trainer
         return module
 
-    def _run(self, module: pl.LightningModule, logged: _LoggedValues) -> None:
+    def _run(
+        self, module: pl.LightningModule, logged: _LoggedValues, stop_after: StopAfter | None
+    ) -> None:
         step = module.validation_step
         takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         module.on_validation_start()
@@ -129,6 +143,8 @@ class ResidentValidation:
             index = (batch.index,) if takes_index else ()
             output = step(batch.content, *index, *loader)
             module.on_validation_batch_end(output, batch.content, batch.index, *loader)
+            if stop_after is not None and stop_after(logged.reduced(), batch):
+                break
         logged.begin_epoch_end()
         module.on_validation_epoch_end()
         module.on_validation_end()

@@ -23,7 +23,7 @@ from lit_compress.callbacks._teacher import copy_network
 from lit_compress.measure import ExampleInputs
 from lit_compress.measure.inputs import with_batch_size
 
-__all__ = ["NetworkInput", "TrainingSample", "draw_batches"]
+__all__ = ["NetworkInput", "TrainingSample", "beside", "draw_batches", "on_device"]
 
 _SEED = 0
 
@@ -86,7 +86,7 @@ class TrainingSample:
         self._trainer = trainer
         self._pl_module = pl_module
         self._network_name = next(n for n, m in pl_module.named_modules() if m is network)
-        self.batches = [_on_device(trainer, b) for b in draw_batches(trainer, num_batches)]
+        self.batches = [on_device(trainer, b) for b in draw_batches(trainer, num_batches)]
         self.inputs = self._inputs()
 
     def losses(self) -> tuple[nn.Module, Callable[[Any], Tensor]]:
@@ -153,10 +153,10 @@ class TrainingSample:
         return copied
 
     def _example(self, example: Any) -> NetworkInput:
-        on_device = _on_device(self._trainer, example)
-        if isinstance(on_device, dict):
-            return NetworkInput((), on_device)
-        return NetworkInput(tuple(on_device) if isinstance(on_device, tuple) else (on_device,), {})
+        moved = on_device(self._trainer, example)
+        if isinstance(moved, dict):
+            return NetworkInput((), moved)
+        return NetworkInput(tuple(moved) if isinstance(moved, tuple) else (moved,), {})
 
 
 def draw_batches(trainer: pl.Trainer, num_batches: int) -> list[Any]:
@@ -179,8 +179,8 @@ def draw_batches(trainer: pl.Trainer, num_batches: int) -> list[Any]:
     if combined is not None:  # it is where limit_train_batches=0
         with isolate_rng():
             torch.manual_seed(_SEED)
-            beside = CombinedLoader(tree_map(_beside, combined.iterables), combined._mode)
-            batches = [item[0] for item in itertools.islice(iter(beside), wanted)]
+            stream = CombinedLoader(tree_map(beside, combined.iterables), combined._mode)
+            batches = [item[0] for item in itertools.islice(iter(stream), wanted)]
     if not batches:
         raise MisconfigurationException(
             "the training data has no batch, and at least one is needed to see what the network "
@@ -189,18 +189,18 @@ def draw_batches(trainer: pl.Trainer, num_batches: int) -> list[Any]:
     return batches
 
 
-def _beside(loader: Any) -> Any:
+def beside(loader: Any) -> Any:
     """A loader over the same data that begins at the beginning and has a life of its own."""
-    beside = copy.copy(loader)
-    if isinstance(beside, DataLoader):
-        sampler: Any = copy.copy(beside.sampler)
+    copied = copy.copy(loader)
+    if isinstance(copied, DataLoader):
+        sampler: Any = copy.copy(copied.sampler)
         if isinstance(getattr(sampler, "generator", None), torch.Generator):
             sampler.generator = torch.Generator().manual_seed(_SEED)
-        batch_sampler: Any = copy.copy(beside.batch_sampler)
-        if getattr(batch_sampler, "sampler", None) is beside.sampler:
+        batch_sampler: Any = copy.copy(copied.batch_sampler)
+        if getattr(batch_sampler, "sampler", None) is copied.sampler:
             batch_sampler.sampler = sampler
         # A DataLoader guards these against being set after it is made.
-        vars(beside).update(
+        vars(copied).update(
             sampler=sampler,
             batch_sampler=batch_sampler,
             generator=torch.Generator().manual_seed(_SEED),
@@ -210,17 +210,24 @@ def _beside(loader: Any) -> Any:
             timeout=0,
             _iterator=None,
         )
-    elif callable(getattr(beside, "set_epoch", None)) and hasattr(beside, "load_state_dict"):
-        beside.set_epoch(-1)  # drops the place of a resumed run
-        beside.set_epoch(0)
-    return beside
+    elif callable(getattr(copied, "set_epoch", None)) and hasattr(copied, "load_state_dict"):
+        copied.set_epoch(-1)  # drops the place of a resumed run
+        copied.set_epoch(0)
+    return copied
 
 
-def _on_device(trainer: pl.Trainer, batch: Any) -> Any:
+def on_device(trainer: pl.Trainer, batch: Any, loader: int = 0) -> Any:
+    """A batch as the module gets it: converted, transferred, without gradient history.
+
+    Args:
+        trainer: The Trainer.
+        batch: As the loader gives it.
+        loader: The loader's number.
+    """
     module = trainer.lightning_module
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=loader)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
     return tree_map_only(Tensor, Tensor.detach, batch)
 
 

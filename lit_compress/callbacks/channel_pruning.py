@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lit_compress.callbacks._requirements import (
     refuse_spawned_processes,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_moment, resolved_schedule
+from lit_compress.callbacks._searched import refuse_waiting_in_vain
 from lit_compress.callbacks._stage_order import (
     Stage,
     StageSpan,
@@ -54,6 +56,7 @@ from lit_compress.compress.channels.progress import ChannelProgress, Spread, che
 from lit_compress.compress.channels.reconstruction import reconstruct
 from lit_compress.compress.layers import refuse_bare_string
 from lit_compress.compress.schedules import Ramp, Schedule
+from lit_compress.search.search_result import SearchResult, Space
 
 __all__ = ["ChannelPruning"]
 
@@ -85,7 +88,8 @@ class ChannelPruning(pl.Callback):
     Args:
         pruning_ratio: Channels removed / original, in [0, 1): one for every group, a list with one
             for each, or a mapping from name patterns of groups; groups that none matches stay.
-        plan: Channels kept in each group: a :class:`ChannelPlan` or the path of its JSON file.
+        plan: Channels kept in each group: a :class:`ChannelPlan`, the path of its JSON file, or
+            ``"searched"``: what the ``RatioSearch`` listed before it finds.
         target_macs_ratio: Multiply-adds kept / dense, in (0, 1]; met within 1 %, never exceeded.
         target_params_ratio: Parameters kept / dense; likewise.
         target_size_bytes: Bytes of the weights; likewise.
@@ -127,6 +131,7 @@ class ChannelPruning(pl.Callback):
 
     changes_weights = True
     compression_stage: Stage = "prune"
+    searched_space: Space = "channels"
 
     def __init__(
         self,
@@ -156,6 +161,7 @@ class ChannelPruning(pl.Callback):
         check_spread(spread)
         check_count("num_calibration_batches", num_calibration_batches)
         refuse_bare_string("ignored_layers", ignored_layers)
+        self._is_searched = self.goal.waits_for_search
         self.importance = importance
         self.schedule = schedule
         self.spread = spread
@@ -183,6 +189,7 @@ class ChannelPruning(pl.Callback):
             self._restored = None  # evaluating a checkpoint leaves its state here
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
+            refuse_waiting_in_vain(trainer, self)
             check_stage_order(trainer, pl_module)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
@@ -270,6 +277,17 @@ class ChannelPruning(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the fit begins."""
         self._restored = state_dict or None
+
+    # --- A search before it -----------------------------------------------------------------------
+
+    @property
+    def waits_for_search(self) -> bool:
+        """Whether ``plan="searched"``."""
+        return self._is_searched
+
+    def take_searched(self, result: SearchResult) -> None:
+        """Work with the plan that was found from now on."""
+        self.goal = replace(self.goal, plan=result.plan)
 
     # --- What is known ----------------------------------------------------------------------------
 

@@ -38,7 +38,6 @@ from lit_compress.callbacks._stage_order import (
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._training_sample import draw_batches
 from lit_compress.callbacks._weight_averages import AverageWatch, num_extra_epochs
-from lit_compress.callbacks.magnitude_sparsity import Removable
 from lit_compress.compress.quantization.network import (
     is_quantized,
     quantized_network,

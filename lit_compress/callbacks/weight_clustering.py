@@ -28,7 +28,6 @@ from lit_compress.callbacks._stage_order import (
     refuse_quantized_network,
 )
 from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
-from lit_compress.callbacks.magnitude_sparsity import Removable
 from lit_compress.compress.clustered_weights import ClusteredWeights, Clusters
 from lit_compress.compress.clustering import ClusterInit, check_init, check_num_clusters
 from lit_compress.compress.layers import (

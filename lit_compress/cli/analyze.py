@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import os
@@ -21,6 +20,7 @@ from torch import nn
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._resident_validation import ResidentValidation, record_validation
+from lit_compress.callbacks._search_scoring import chosen_metric
 from lit_compress.cli.analysis_options import analysis_parser, checked_ratios
 from lit_compress.cli.inspection import numbers
 from lit_compress.cli.subject import Subject, find_subject, quiet
@@ -36,7 +36,6 @@ from lit_compress.search.sensitivity_result import Mode, SensitivityResult
 __all__ = ["analyze"]
 
 _MOST_PANELS = 4
-_LESS_IS_BETTER = ("loss", "error", "perplexity", "mae", "mse")
 
 
 def analyze(args: Sequence[str]) -> None:
@@ -59,19 +58,19 @@ def analyze(args: Sequence[str]) -> None:
     logger = None
     if options.wandb is not None:
         logger = WandbLogger(project=options.wandb, save_dir=options.output)
-    subject = _filled_subject(options)
+    subject = filled_subject(options, "analyze")
     network = subject.network
     ignored = [glob.strip() for glob in options.ignored_layers.split(",") if glob.strip()]
     groups = _channel_groups(subject, ignored)
     planned_points(groups, ratios)  # refuses what cannot be, before validation runs
 
-    trainer = _trainer(options, limit_val_batches=options.limit_val_batches)
+    trainer = traceless_trainer(options, limit_val_batches=options.limit_val_batches)
     with quiet():
         batches, dense = record_validation(trainer, subject.module, subject.data)
     device = trainer.strategy.root_device
     subject.module.to(device)
     validation = ResidentValidation(subject.module, network, batches, trainer)
-    metric, mode = _chosen_metric(options.metric, options.mode, tuple(dense))
+    metric, mode = chosen_metric(options.metric, options.mode, tuple(dense), option="--metric")
     setting = _setting(options, subject, len(batches))
     file = Path(options.output) / "sensitivity.json"
     done = _interrupted(file, groups, setting, dense) if file.is_file() else None
@@ -98,23 +97,6 @@ def analyze(args: Sequence[str]) -> None:
 # --- The model and its data -----------------------------------------------------------------------
 
 
-def _filled_subject(options: Namespace) -> Subject:
-    if options.assets is not None:
-        os.environ["LIT_COMPRESS_ASSETS"] = options.assets
-    shape = numbers(options.input_shape, "--input-shape") if options.input_shape else None
-    subject = find_subject(options.checkpoint, options.config or (), shape)
-    if subject is None:
-        raise ValueError(
-            "nothing says which model to analyze; give the configuration of its run as "
-            "--config FILE."
-        )
-    if options.checkpoint is not None:
-        mend = "Give the configuration of the run that wrote them, as --config FILE."
-        content = read_checkpoint(options.checkpoint)
-        load_checkpoint(subject.network, content, options.checkpoint, mend)
-    return subject
-
-
 def _channel_groups(subject: Subject, ignored_layers: Sequence[str]) -> ChannelGroups:
     inputs = subject.example_inputs()
     if inputs is None:
@@ -128,20 +110,6 @@ def _channel_groups(subject: Subject, ignored_layers: Sequence[str]) -> ChannelG
     )
 
 
-def _trainer(options: Namespace, **limits: Any) -> Trainer:
-    """A Trainer that leaves no trace."""
-    with quiet():
-        return Trainer(
-            accelerator=options.accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **limits,
-        )
-
-
 def _tuning(
     options: Namespace, subject: Subject, validation: ResidentValidation, device: torch.device
 ) -> Callable[[nn.Module], None]:
@@ -149,47 +117,13 @@ def _tuning(
 
     def tune(network: nn.Module) -> None:
         module = validation.module_with(network)
-        trainer = _trainer(
-            options, max_steps=options.tuning_steps, limit_val_batches=0, num_sanity_val_steps=0
-        )
-        with isolate_rng():
-            torch.manual_seed(0)
-            trainer.fit(module, subject.data)
+        tune_network(options, module, subject.data)
         module.to(device)
 
     return tune
 
 
 # --- What it depends on ---------------------------------------------------------------------------
-
-
-def _chosen_metric(
-    metric: str | None, mode: Mode | None, names: tuple[str, ...]
-) -> tuple[str, Mode]:
-    """The metric that the plan goes by, and whether more of it is better."""
-    if not names:
-        raise ValueError(
-            "validation_step logs nothing; have it log the metric that the plan is to go by, as in "
-            "self.log('val_acc', accuracy)."
-        )
-    if metric is None:
-        likely = [n for key in ("top1", "acc") for n in names if key in n.lower()]
-        if not likely and len(names) > 1:
-            raise ValueError(
-                "--metric is needed: which of the metrics that are logged is the plan to go by, "
-                f"{', '.join(map(repr, names))}?"
-            )
-        metric = (likely or names)[0]
-    if metric not in names:
-        near = difflib.get_close_matches(metric, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"--metric {metric!r} is not logged by the validation; what is: "
-            f"{', '.join(map(repr, names))}.{hint}"
-        )
-    if mode is None:
-        mode = "min" if any(word in metric.lower() for word in _LESS_IS_BETTER) else "max"
-    return metric, mode
 
 
 def _setting(options: Namespace, subject: Subject, num_batches: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
 
@@ -31,8 +31,9 @@ def from_plain(kind: type[_T], data: Any, where: str) -> _T:
     """Rebuild a dataclass of type ``kind`` from plain data.
 
     Args:
-        kind: A dataclass whose fields are ints, floats, strings, None, tuples of one type,
-            mappings from strings, or such dataclasses.
+        kind: A dataclass whose fields are bools, ints, floats, strings, literal strings, None,
+            tuples of one type or of a type for each place, mappings from strings, or such
+            dataclasses.
         data: What `to_plain` gave.
         where: Name of the data for error messages.
 
@@ -59,15 +60,24 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return from_plain(hint, data, where)
     if get_origin(hint) is tuple and isinstance(data, list):
-        item_hint = get_args(hint)[0]
-        return tuple(_value(item_hint, item, f"{where}[{i}]") for i, item in enumerate(data))
+        hints = get_args(hint)
+        if hints[-1] is Ellipsis:
+            hints = hints[:1] * len(data)
+        if len(hints) != len(data):
+            raise ValueError(f"{where} is {_shown(data)}; expected {len(hints)} items.")
+        pairs = enumerate(zip(hints, data, strict=True))
+        return tuple(_value(item_hint, item, f"{where}[{i}]") for i, (item_hint, item) in pairs)
     if get_origin(hint) is Mapping and isinstance(data, dict):
         item_hint = get_args(hint)[1]
         return {key: _value(item_hint, item, f"{where}.{key}") for key, item in data.items()}
     if hint is float and (data in ("nan", "inf", "-inf") or type(data) in (int, float)):
         return float(data)
-    if hint in (int, str) and type(data) is hint:
+    if hint in (bool, int, str) and type(data) is hint:
         return data
+    if get_origin(hint) is Literal and isinstance(data, str):
+        if data in get_args(hint):
+            return data
+        raise ValueError(f"{where} is {data!r}; expected {' or '.join(map(repr, get_args(hint)))}.")
     raise ValueError(f"{where} is {_shown(data)}; expected {getattr(hint, '__name__', hint)}.")
 
 

@@ -46,7 +46,8 @@ def transitions(problem: RatioProblem, choice: Choice) -> tuple[Tensor, Tensor]:
 
     Args:
         problem: The problem.
-        choice: A finished choice, whoever made it.
+        choice: A finished choice, whoever made it, with nothing left of the budget that a level
+            more could take (:meth:`RatioProblem.filled`).
 
     Returns:
         States, float32 ``[num_decisions, num_features]``, and the actions that lead to exactly this

@@ -69,7 +69,8 @@ class Evaluator:
         build: Makes the network of a choice.
         score: Scores it.
         mode: Whether more of the metric is better.
-        race: Whether to give up hopeless choices; needs a score that reports running values.
+        race: Whether to give up hopeless choices. Only for searches that maximise the metric
+            itself, and for scores that report running values, on the same batches each time.
         tune: Trains the network of a choice in place for a short while, before it is scored.
     """
 
@@ -101,6 +102,16 @@ class Evaluator:
         if choice not in self._known:
             self._known[choice] = self._evaluated(choice)
         return self._known[choice]
+
+    def probe(self, choice: Choice) -> Evaluation:
+        """Evaluate a choice that is no candidate, one beyond the budget: it is in no race."""
+        try:
+            value = self._score(self._build(choice)).value
+        except MemoryError:
+            raise
+        except Exception as error:  # as for a candidate
+            return Evaluation(math.nan, failure=f"{type(error).__name__}: {error}")
+        return Evaluation(value)
 
     def is_known(self, choice: Choice) -> bool:
         """Whether a choice costs nothing any more."""

@@ -17,7 +17,8 @@ def layer_features(
 
     Args:
         network: The network.
-        layers: Names of modules in it, in forward order.
+        layers: Names of modules in it, in forward order; a ``#2`` after a name, as channel groups
+            have it where one layer makes several, does not count.
         layer_macs: Multiply-adds of each for one example; 0 where not known.
 
     Returns:
@@ -31,7 +32,7 @@ def layer_features(
 
 
 def _raw(network: nn.Module, name: str, macs: int) -> tuple[float, ...]:
-    module = dict(network.named_modules()).get(name)
+    module = dict(network.named_modules()).get(name.partition("#")[0])
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else (1, 1)
     inputs = shape[1] if len(shape) > 1 else 1

@@ -91,8 +91,9 @@ class RatioProblem:
         budget: What a choice may cost at most, or ``None``.
 
     Raises:
-        ValueError: If there is nothing to decide, two decisions have one name, the budget names no
-            cost, or no choice meets it; the lowest cost that can be reached is given.
+        ValueError: If there is nothing to decide, two decisions have one name or differ in the
+            number of their features, there is no cost, the budget names none, every choice meets
+            it, or no choice does; the lowest cost that can be reached is given.
     """
 
     decisions: tuple[Decision, ...]
@@ -110,6 +111,15 @@ class RatioProblem:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two decisions are named {twice!r}; expected one for each layer.")
+        first = self.decisions[0]
+        for other in self.decisions:
+            if len(other.features) != len(first.features):
+                raise ValueError(
+                    f"decision {other.name!r} has {len(other.features)} features and "
+                    f"{first.name!r} has {len(first.features)}; describe all of them alike."
+                )
+        if not self.costs:
+            raise ValueError("there are no costs; expected at least one, such as 'macs'.")
         levels = tuple(torch.tensor(d.levels, dtype=torch.float64) for d in self.decisions)
         object.__setattr__(self, "_levels", levels)
         if self.budget is not None:
@@ -160,8 +170,9 @@ class RatioProblem:
 
         Returns:
             The lowest and the highest index. With the highest, later decisions at their lowest
-            still meet the budget; below the lowest, a part of the budget would stay unspent even
-            with all later decisions at their highest.
+            still meet the budget. The lowest is the highest one that meets it whatever later
+            decisions take: below that, some of the budget would be left for sure. Every choice
+            that :meth:`filled` leaves as it is lies within these bounds at each step.
         """
         step = len(chosen)
         last = len(self.decisions[step].levels) - 1
@@ -171,11 +182,10 @@ class RatioProblem:
         frugal = [(*chosen, index, *[0] * len(rest)) for index in range(last + 1)]
         lavish = [(*chosen, index, *self.highest[step + 1 :]) for index in range(last + 1)]
         costs = self.costs[self.budget.cost](self.values(frugal + lavish))
-        fits = costs[: last + 1] <= self._limit
-        high = max(int(fits.sum()) - 1, 0)
-        spends = costs[last + 1 :] >= self._limit
-        low = int((~spends).sum())
-        return min(low, high), high
+        fits = costs <= self._limit
+        high = max(int(fits[: last + 1].sum()) - 1, 0)
+        low = max(int(fits[last + 1 :].sum()) - 1, 0)
+        return low, high
 
     def clip(self, chosen: Choice, ratio: float) -> int:
         """The allowed level nearest to a preserve ratio, as an index.

@@ -19,7 +19,8 @@ def is_hopeless(
 ) -> bool:
     """Whether a candidate is behind the incumbent by more than chance explains.
 
-    Both are scored on the same batches in the same order, so that only their differences matter:
+    Both are scored on the same batches in the same order, which holds the examples at random (not
+    class by class), so that only their differences matter:
     the one-sided t bound on the mean of what the batches differ by, corrected for the examples that
     are left (a finite population). Maron and Moore 1994 ("Hoeffding Races") race on bounds for each
     candidate by itself, which takes many times the examples.

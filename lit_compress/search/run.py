@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lit_compress.measure.plain import from_plain, to_plain
 from lit_compress.search.evaluation import Evaluator, Mode
 from lit_compress.search.problem import Choice, RatioProblem
 from lit_compress.search.rewards import Reward, best_episode, reward_function
@@ -86,6 +86,7 @@ def search_ratios(
     num_episodes: int,
     *,
     state_file: Path | None = None,
+    saves: bool = True,
     on_episode: Callable[[SearchResult], object] | None = None,
     agree: Callable[[Proposal], Proposal] = lambda proposal: proposal,
     settle: Callable[[Choice], float] | None = None,
@@ -103,21 +104,24 @@ def search_ratios(
         num_episodes: Episodes altogether, those of an interrupted run included; at least 1.
         state_file: Where everything is saved after each episode, whole or not at all. Where it is
             there already, the search goes on from it, exactly.
+        saves: Whether this process writes it; of several that share the file only one does.
         on_episode: Called with the result so far after each episode.
         agree: Makes processes try the same choice.
-        settle: Scores a choice once more, in full precision; then the best episodes are scored so
-            in the end, and the winner is chosen by these scores.
+        settle: Scores a choice once more, in full precision; then the best episodes, and the best
+            of each source, are scored so in the end, and the winner is chosen by these scores.
+            Where that is interrupted, or fails for all, the result is as without it.
         num_finalists: How many of the best are settled, at least 1.
 
     Returns:
         All episodes and the winner.
 
     Raises:
-        ValueError: If ``num_episodes`` is below 1, or the state file is damaged or of another
-            search.
+        ValueError: If ``num_episodes`` or ``num_finalists`` is below 1, or the state file is
+            damaged or of another search.
     """
-    if num_episodes < 1:
-        raise ValueError(f"num_episodes is {num_episodes}; expected at least 1.")
+    for name, number in (("num_episodes", num_episodes), ("num_finalists", num_finalists)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; expected at least 1.")
     reward = reward_function(task.reward, task.mode)
     episodes: list[Episode] = []
     if state_file is not None and state_file.is_file():
@@ -128,7 +132,7 @@ def search_ratios(
             proposal = agree(searcher.ask())
             worth = evaluate(proposal.choice)
             costs = task.problem.cost_of(proposal.choice)
-            gained = float("nan") if worth.failure else reward(worth.score, costs)
+            gained = math.nan if worth.failure else reward(worth.score, costs)
             searcher.tell(proposal, gained)
             episodes.append(
                 Episode(
@@ -143,7 +147,7 @@ def search_ratios(
                     time.process_time() - began,
                 )
             )
-            if state_file is not None:
+            if state_file is not None and saves:
                 _save(state_file, task, searcher, evaluate, episodes)
             if on_episode is not None:
                 on_episode(task.result(tuple(episodes)))
@@ -151,30 +155,52 @@ def search_ratios(
         if not episodes:
             raise
     result = task.result(tuple(episodes))
-    return result if settle is None else _settled(task, result, settle, num_finalists)
+    if settle is None:
+        return result
+    try:
+        return _settled(task, result, settle, num_finalists)
+    except KeyboardInterrupt:
+        return result
 
 
 def _settled(
     task: SearchTask, result: SearchResult, settle: Callable[[Choice], float], num_finalists: int
 ) -> SearchResult:
-    """The result with the best episodes scored once more, which decide on the winner.
+    """The result with the best choices, and the best of each source, scored once more.
 
-    The others are marked as not complete, because their scores do not compare with these.
+    These scores decide on the winner. Other episodes keep the scores that they have, which compare
+    with these only roughly. A choice that fails now cannot win, and the failure is told.
     """
     reward = reward_function(task.reward, task.mode)
     finished = sorted((e for e in result.episodes if e.finished), key=lambda e: -e.reward)
-    ranked = list({e.choice: e for e in reversed(finished)}.values())[::-1][:num_finalists]
-    if result.best is not None and result.best_episode.choice not in {e.choice for e in ranked}:
-        ranked.append(result.best_episode)  # the cheapest within a tolerance
-    settled = {}
-    for finalist in ranked:
-        score = settle(finalist.choice)
-        settled[finalist.number] = replace(
-            finalist, score=score, reward=reward(score, finalist.costs)
-        )
-    winner = task.result(tuple(settled[number] for number in sorted(settled))).best
-    episodes = tuple(settled.get(e.number, e) for e in result.episodes)
+    finalists = dict.fromkeys(list(dict.fromkeys(e.choice for e in finished))[:num_finalists])
+    finalists |= dict.fromkeys(e.choice for e in result.best_by_source().values())
+    if result.best is not None:
+        finalists[result.best_episode.choice] = None  # the cheapest within a tolerance
+    scores = {choice: _score_or_failure(settle, choice) for choice in finalists}
+
+    def settled(episode: Episode) -> Episode:
+        score = scores[episode.choice]
+        if isinstance(score, str):
+            return replace(episode, score=math.nan, reward=math.nan, failure=score)
+        return replace(episode, score=score, reward=reward(score, episode.costs))
+
+    anew = {e.number: settled(e) for e in finished if e.choice in scores}
+    winner = task.result(tuple(anew[number] for number in sorted(anew))).best
+    if winner is None:
+        return result
+    episodes = tuple(anew.get(e.number, e) for e in result.episodes)
     return replace(task.result(episodes), best=winner)
+
+
+def _score_or_failure(settle: Callable[[Choice], float], choice: Choice) -> float | str:
+    try:
+        score = settle(choice)
+    except MemoryError:
+        raise
+    except Exception as error:  # a search outlives a candidate, whatever it raises
+        return f"{type(error).__name__}: {error}"
+    return score if math.isfinite(score) else f"the metric is {score}"
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -203,7 +229,7 @@ def _save(
     state = {
         "format": _FORMAT,
         "task": _fingerprint(task),
-        "episodes": [to_plain(episode) for episode in episodes],
+        "episodes": [{**vars(e), "costs": dict(e.costs)} for e in episodes],
         "searcher": searcher.state_dict(),
         "evaluator": evaluate.state_dict(),
     }
@@ -238,7 +264,7 @@ def _restored(
             )
     searcher.load_state_dict(state["searcher"])
     evaluate.load_state_dict(state["evaluator"])
-    return [from_plain(Episode, plain, "episode") for plain in state["episodes"]]
+    return [Episode(**fields) for fields in state["episodes"]]
 
 
 def _shown(value: object) -> str:

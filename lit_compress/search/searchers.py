@@ -13,20 +13,24 @@ from torch import Tensor
 
 from lit_compress.search.ddpg import DDPGAgent, DDPGSettings, truncated_normal
 from lit_compress.search.environment import num_features, transitions, walk
+from lit_compress.search.evaluation import Evaluation, Mode
 from lit_compress.search.problem import Choice, RatioProblem
 
 __all__ = [
     "DDPGSearcher",
     "Proposal",
     "RandomSearcher",
+    "RulesSearcher",
     "Searcher",
     "rules_of_thumb",
+    "sensitivity_proposals",
     "sensitivity_shape",
 ]
 
 _LEAST_RATIO = 0.2
 _LEAST_NOISE = 0.02
-_ATTEMPTS = 8
+_ATTEMPTS = 10
+_NOISE_GROWTH = 1.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Searcher(Protocol):
         """The next choice to try."""
 
     def tell(self, proposal: Proposal, reward: float) -> None:
-        """What it was worth; NaN where it could not be evaluated."""
+        """What it was worth; no finite number where it could not be evaluated."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next proposals depend on."""
@@ -104,6 +108,77 @@ def sensitivity_shape(
             ratio = min(ratio, lower)
         shape.append(ratio)
     return shape
+
+
+def sensitivity_proposals(
+    problem: RatioProblem,
+    probe: Callable[[Choice], Evaluation],
+    mode: Mode = "max",
+    num_points: int = 4,
+    num_tolerances: int = 16,
+) -> list[Proposal]:
+    """Choices derived from what each decision alone does to the score.
+
+    Args:
+        problem: The problem.
+        probe: Evaluates a choice that need not meet the budget.
+        mode: Whether more of the metric is better.
+        num_points: Levels tried of each decision, beside its highest.
+        num_tolerances: Tolerances tried, at most: so many choices.
+
+    Returns:
+        For rising tolerances the ratios up to which each decision alone loses no more, as large as
+        the budget allows; duplicates dropped.
+    """
+    sign = 1.0 if mode == "max" else -1.0
+    highest = problem.highest
+    dense = probe(highest).score
+    curves: dict[str, dict[float, float]] = {}
+    for step, decision in enumerate(problem.decisions):
+        last = highest[step]
+        for index in sorted({last * point // (num_points + 1) for point in range(num_points + 1)}):
+            if index < last:
+                worth = probe((*highest[:step], index, *highest[step + 1 :]))
+                loss = math.inf if worth.failure else sign * (dense - worth.score)
+                curves.setdefault(decision.name, {})[decision.ratios[index]] = loss
+    losses = sorted({v for curve in curves.values() for v in curve.values() if v < math.inf})
+    picked = losses[:: max(len(losses) // num_tolerances, 1)][:num_tolerances]
+    shapes = [sensitivity_shape(problem, curves, tolerance) for tolerance in picked]
+    choices = dict.fromkeys(problem.scaled(shape) for shape in shapes)
+    return [Proposal(choice, "sensitivity") for choice in choices]
+
+
+class RulesSearcher:
+    """Proposals that were made beforehand, one after another and then from the first again.
+
+    Args:
+        proposals: At least one.
+
+    Raises:
+        ValueError: If there is none.
+    """
+
+    def __init__(self, proposals: Sequence[Proposal]) -> None:
+        if not proposals:
+            raise ValueError("there are no proposals; expected at least one.")
+        self._proposals = tuple(proposals)
+        self._asked = 0
+
+    def ask(self) -> Proposal:
+        """The next one."""
+        self._asked += 1
+        return self._proposals[(self._asked - 1) % len(self._proposals)]
+
+    def tell(self, proposal: Proposal, reward: float) -> None:
+        """Learns nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many were asked for."""
+        return {"asked": self._asked}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._asked = state["asked"]
 
 
 class RandomSearcher:
@@ -200,21 +275,24 @@ class DDPGSearcher:
         return Proposal(self._near(self._best[1] if elite else None, noise), "ddpg")
 
     def tell(self, proposal: Proposal, reward: float) -> None:
-        """Learn from an episode, whoever proposed it; NaN teaches only not to try it again."""
+        """Learn from an episode, whoever proposed it.
+
+        A reward that is no finite number teaches only not to try the choice again.
+        """
         self._tried.add(proposal.choice)
-        if math.isnan(reward):
+        if not math.isfinite(reward):
             return
         if self._best is None or reward > self._best[0]:
             self._best = reward, proposal.choice
         self._wait()
+        self._acting = self._agent.acting_copy()
         states, actions = transitions(self._problem, proposal.choice)
         self._learning = self._thread.submit(self._agent.learn, states, actions, reward)
 
     def state_dict(self) -> dict[str, Any]:
         """Agent, random numbers and what was tried."""
         acting = {name: t.clone() for name, t in self._acting.state_dict().items()}
-        if self._learning is not None:
-            self._learning.result()
+        self._wait()
         return {
             "agent": self._agent.state_dict(),
             "acting": acting,
@@ -236,18 +314,18 @@ class DDPGSearcher:
         self._best = None if best is None else (best[0], tuple(best[1]))
 
     def _wait(self) -> None:
-        """The agent's last episode learned, and its actor asked from now on."""
+        """Until the agent learned from its last episode."""
         if self._learning is not None:
             self._learning.result()
             self._learning = None
-            self._acting = self._agent.acting_copy()
 
     def _near(self, center: Choice | None, noise: float) -> Choice:
         """A choice near the actor's or a given one, a new one where noise can find it."""
         ratios = None if center is None else list(self._problem.ratios(center))
         choice: Choice = ()
         for attempt in range(_ATTEMPTS):
-            spread = max(noise, _LEAST_NOISE) * 1.3**attempt if attempt or ratios else noise
+            spread = max(noise, _LEAST_NOISE) if attempt or ratios else noise
+            spread *= _NOISE_GROWTH**attempt
             choice = walk(self._problem, self._noisy(ratios, spread))
             if choice not in self._tried:
                 break

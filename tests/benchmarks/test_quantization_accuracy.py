@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import quantization_accuracy as accuracy
+import quantization_after_training as after_training
+import quantization_eps
+import quantization_sizes
 import quantization_training as training
 import torch
 
@@ -22,13 +25,23 @@ ERRORS = {
 }
 
 
-def trained(qat=88.4, control=88.5, four_bits=87.1, mobilenet=84.8, seeds=(1, 2, 3)):
+def trained(
+    qat=88.4,
+    control=88.5,
+    four_bits=87.1,
+    mobilenet=84.8,
+    gentle=84.7,
+    gentle_control=84.8,
+    seeds=(1, 2, 3),
+):
     scores = {
         ("resnet20", "qat-w8a8"): qat,
         ("resnet20", "control"): control,
         ("resnet20", "qat-w4a8"): four_bits,
         ("mobilenet_v1", "qat-w8a8"): mobilenet,
-        ("mobilenet_v1", "control"): 85.2,
+        ("mobilenet_v1", "control"): 84.9,
+        ("mobilenet_v1", "qat-w8a8-gentle"): gentle,
+        ("mobilenet_v1", "control-gentle"): gentle_control,
     }
     return {
         "points": [
@@ -58,7 +71,7 @@ def results(lost=0.1, in_file=0.1, int8=250, sparse=100, same=True, qat_file=88.
         "post_training": points(lost, in_file),
         "checkpoints": [
             {"model": model, "method": method, "top1": 88.4, "file_top1": qat_file}
-            for model, method in accuracy.quantized_runs()
+            for model, method in after_training.runs_with_files()
         ],
         "sizes": [
             {"what": "float32", "file": "torch.save", "size_bytes": 1000},
@@ -79,13 +92,60 @@ def test_all_bars_hold():
     [
         ({"qat": 88.2}, "resnet20 qat-w8a8 scores 88.20, below 88.50 - 0.2"),
         ({"four_bits": 86.9}, "resnet20 qat-w4a8 scores 86.90, below 88.50 - 1.5"),
-        ({"mobilenet": 84.5}, "mobilenet_v1 qat-w8a8 scores 84.50, below 84.90 - 0.3"),
+        (
+            {"mobilenet": 84.5, "gentle": 84.4},
+            "mobilenet_v1 qat-w8a8 scores 84.50, below 84.90 - 0.3",
+        ),
+        (
+            {"mobilenet": 84.5, "gentle": 84.4},
+            "mobilenet_v1 qat-w8a8-gentle scores 84.40, below 84.90 - 0.3",
+        ),
+        (
+            {"mobilenet": 84.5, "gentle_control": 85.0},
+            "mobilenet_v1 qat-w8a8-gentle scores 84.70, below 85.00 - 0.2",
+        ),
+        ({"qat": 88.2, "gentle": 90}, "resnet20 qat-w8a8 scores 88.20, below 88.50 - 0.2"),
         ({"seeds": (1, 2)}, "mobilenet_v1 control has 2 runs of 3"),
         ({"seeds": ()}, "resnet20 qat-w8a8 has 0 runs of 3"),
     ],
 )
 def test_a_bar_missed_by_training_is_named(changes, message):
     assert message in accuracy.check(results(), trained(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mobilenet": 84.5}, {"gentle": 84.5}, {"gentle_control": 85.0}], ids=str
+)
+def test_one_of_two_learning_rates_has_to_hold_its_bars(changes):
+    assert accuracy.check(results(), trained(**changes)) == []
+
+
+def test_a_learning_rate_that_missed_is_shown_even_where_the_other_holds():
+    runs = trained(mobilenet=84.5)
+    shown = training.table(FLOAT, runs)
+    first = "| | `qat-w8a8` | 0.01 | 84.50 ± 0.10 | 3 | float − 0.3 = 84.60: **missed**; "
+    assert first + "`control` − 0.2 = 84.70: **missed** |" in shown
+    second = "| | `qat-w8a8-gentle` | 0.003 | 84.70 ± 0.10 | 3 | float − 0.3 = 84.60: held; "
+    assert second + "`control-gentle` − 0.2 = 84.60: held |" in shown
+    said = accuracy.two_rates(FLOAT, runs)
+    assert "0.003 was added after 0.01 had been scored" in said
+    misses = "`qat-w8a8` misses float − 0.3 by 0.10 and control − 0.2 by 0.20"
+    assert f"{misses}; `qat-w8a8-gentle` holds its bars." in said
+
+
+def test_where_both_learning_rates_miss_the_page_says_so():
+    said = accuracy.two_rates(FLOAT, trained(mobilenet=84.5, gentle=84.55, gentle_control=84.6))
+    assert "`qat-w8a8-gentle` misses float − 0.3 by 0.05." in said
+
+
+@pytest.mark.parametrize("method", ["qat-w8a8", "qat-w8a8-gentle"])
+def test_the_gentle_methods_are_the_others_at_another_learning_rate(method):
+    (callback,) = training.callbacks(method)
+    (plain,) = training.callbacks("qat-w8a8")
+    assert (callback.scheme, callback.moments) == (plain.scheme, plain.moments)
+    assert training.callbacks(method.replace("qat-w8a8", "control")) == []
+    expected = training.GENTLE_LR if method.endswith("gentle") else 0.01
+    assert training.learning_rate(method, 0.01) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,26 +185,25 @@ def test_fewer_images_may_miss_by_two_standard_errors():
 
 
 def test_tables_show_means_deviations_and_bars():
-    shown = accuracy.training_table(results(), trained())
-    assert "| | `qat-w8a8` | 88.40 ± 0.10 | 3 | the control − 0.2 |" in shown
-    assert "| | `control` | 85.20 ± 0.10 | 3 |  |" in shown
-    assert "| | `qat-w4a8` | – | 0 | float − 1.5 |" in accuracy.training_table(
-        results(), {"points": []}
-    )
+    shown = training.table(FLOAT, trained())
+    assert "| | `qat-w8a8` | 0.01 | 88.40 ± 0.10 | 3 | `control` − 0.2 = 88.30: held |" in shown
+    assert "| | `control` | 0.01 | 84.90 ± 0.10 | 3 |  |" in shown
+    nothing = training.table(FLOAT, {"points": []})
+    assert "| | `qat-w4a8` | 0.01 | – | 0 | float − 1.5 |" in nothing
     row = "| ResNet-20 | 88.50 | `mse` | 88.40 ± 0.00 | 88.40 | float − 0.3 |"
-    assert row in accuracy.post_training_table(results())
-    sizes = accuracy.sizes_table(results())
+    assert row in after_training.table(results())
+    sizes = quantization_sizes.table(results()["sizes"])
     assert "| 80 % zeros, int8 | packed | 100 | 10.00 | 9.0 | bit for bit |" in sizes
     assert "| int8 | ONNX | 900 | 1.11 |  |  |" in sizes
-    assert "| 8 bits, integers | 0.02 | 0.021 |" in accuracy.eps_table(results())
+    assert "| 8 bits, integers | 0.02 | 0.021 |" in quantization_eps.table(ERRORS)
 
 
 def test_integers_keep_the_eps_of_batch_norms():
-    errors = accuracy.eps_errors()
+    errors = quantization_eps.measure()
     low, high = errors["running_var"]
     assert 1e-4 <= low < 2e-4
     assert 8e-3 < high <= 1e-2
-    assert accuracy.missed_by_eps(errors) == []
+    assert quantization_eps.missed(errors) == []
     # Another eps would be seen: it changes far more than rounding does.
     assert errors["converted_eps_1e-5"] > 10 * errors["rounded"]
     assert errors["float_eps_1e-5"] > 1
@@ -152,11 +211,11 @@ def test_integers_keep_the_eps_of_batch_norms():
 
 def test_integers_with_another_eps_miss_the_bars(monkeypatch):
     def rewritten(network):
-        return integers(accuracy.with_eps(network, 9e-4))
+        return integers(quantization_eps.with_eps(network, 9e-4))
 
-    integers = accuracy.integer_network
-    monkeypatch.setattr(accuracy, "integer_network", rewritten)
-    missed = "\n".join(accuracy.missed_by_eps(accuracy.eps_errors()))
+    integers = quantization_eps.integer_network
+    monkeypatch.setattr(quantization_eps, "integer_network", rewritten)
+    missed = "\n".join(quantization_eps.missed(quantization_eps.measure()))
     assert "folded_weights" in missed
     assert "converted" in missed
 
@@ -175,14 +234,14 @@ def batches():
 
 
 def test_packed_files_compute_what_was_packed(network, batches, tmp_path):
-    sparse = accuracy.with_zeros(network, 0.8)
+    sparse = quantization_sizes.with_zeros(network, 0.8)
     weight = sparse.layer1[0].conv1.weight
     assert (weight == 0).float().mean().item() == pytest.approx(0.8, abs=1e-3)
-    clustered = accuracy.with_clusters(sparse, 16)
+    clustered = quantization_sizes.with_clusters(sparse, 16)
     assert len(clustered.layer1[0].conv1.weight.unique()) == 16
     assert torch.equal(clustered.layer1[0].conv1.weight == 0, weight == 0)
-    for packed_network in (accuracy.quantized(sparse, batches, "mse"), clustered):
-        found = accuracy.packed(packed_network, batches[0][0], tmp_path / "packed.pt")
+    for packed_network in (after_training.quantized(sparse, batches, "mse"), clustered):
+        found = quantization_sizes.packed(packed_network, batches[0][0], tmp_path / "packed.pt")
         assert found["same_outputs"]
         assert found["size_bytes"] == (tmp_path / "packed.pt").stat().st_size < 120_000
 
@@ -195,15 +254,16 @@ def test_a_packed_file_that_computes_something_else_is_seen(
         other.linear.bias.data += 1
         return write(path, other)
 
-    write = accuracy.write_packed_checkpoint
-    monkeypatch.setattr(accuracy, "write_packed_checkpoint", spoiled)
-    assert not accuracy.packed(network, batches[0][0], tmp_path / "packed.pt")["same_outputs"]
+    write = quantization_sizes.write_packed_checkpoint
+    monkeypatch.setattr(quantization_sizes, "write_packed_checkpoint", spoiled)
+    found = quantization_sizes.packed(network, batches[0][0], tmp_path / "packed.pt")
+    assert not found["same_outputs"]
 
 
 def test_hits_and_top1(batches):
-    right = accuracy.hits(lambda images: torch.eye(4)[[0, 1, 2, 0]], batches)
+    right = after_training.hits(lambda images: torch.eye(4)[[0, 1, 2, 0]], batches)
     assert right.tolist() == [True, True, True, False] * 2
-    assert accuracy.top1(right) == 75.0
+    assert after_training.top1(right) == 75.0
 
 
 def test_the_file_of_a_quantized_network_is_scored(batches):
@@ -211,10 +271,10 @@ def test_the_file_of_a_quantized_network_is_scored(batches):
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     small = build_model("mobilenet_v1", num_classes=10, width=0.05).eval()
-    network = accuracy.quantized(small, batches, "minmax")
+    network = after_training.quantized(small, batches, "minmax")
     labelled = [(images, network(images).argmax(1)) for images, _ in batches]
-    assert accuracy.hits(network, labelled).all()
-    assert accuracy.hits_in_file(network, labelled).double().mean() >= 0.75
+    assert after_training.hits(network, labelled).all()
+    assert after_training.hits_in_file(network, labelled).double().mean() >= 0.75
 
 
 def test_the_committed_results_hold_their_bars_but_for_training():
@@ -222,7 +282,9 @@ def test_the_committed_results_hold_their_bars_but_for_training():
     enough = trained()
     assert accuracy.check(committed | {"float": FLOAT}, enough) == []
     assert committed["settings"]["test_stride"] == 1
-    assert all(p["num_images"] == accuracy.NUM_TEST_IMAGES for p in committed["post_training"])
+    assert all(
+        p["num_images"] == after_training.NUM_TEST_IMAGES for p in committed["post_training"]
+    )
     assert "## Quantization" in accuracy.section()
 
 
@@ -232,10 +294,10 @@ def test_the_methods_judged_are_those_that_are_trained():
 
 
 def test_points_that_are_there_are_not_measured_again():
-    settings = accuracy.Settings()
+    settings = after_training.Settings()
     there = points(0.1, 0.1)
-    accuracy.post_training(settings, there, lambda _: pytest.fail("measured a point again"))
-    assert len(there) == len(settings.ranges) * len(settings.seeds) * len(accuracy.LABELS)
+    after_training.measure(settings, there, lambda _: pytest.fail("measured a point again"))
+    assert len(there) == len(settings.ranges) * len(settings.seeds) * len(training.LABELS)
 
 
 @pytest.mark.assets
@@ -246,8 +308,8 @@ def test_the_quick_run_holds_its_bars(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     measured = json.loads(output.read_text())
-    assert accuracy.missed_after_training(measured) == []
-    assert accuracy.missed_in_sizes(measured["sizes"]) == []
-    assert accuracy.missed_by_eps(measured["eps"]) == []
+    assert after_training.missed(measured) == []
+    assert quantization_sizes.missed(measured["sizes"]) == []
+    assert quantization_eps.missed(measured["eps"]) == []
     assert {p["num_images"] for p in measured["post_training"]} == {1000}
     assert "missed_bars=" in done.stdout

@@ -1,7 +1,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -81,3 +81,32 @@ def test_missing_fields_and_other_containers_are_refused() -> None:
         from_plain(Tree, whole, "tree")
     with pytest.raises(ValueError, match=r"tree.scores is \[\]; expected Mapping"):
         from_plain(Tree, {**whole, "leaves": [], "scores": []}, "tree")
+
+
+@dataclass(frozen=True)
+class Branch:
+    alive: bool
+    side: Literal["left", "right"]
+    span: tuple[str, float] | None
+
+
+@pytest.mark.parametrize("span", [None, ("cm", 2.0)])
+def test_bools_literals_and_pairs_survive(span: tuple[str, float] | None) -> None:
+    branch = Branch(True, "left", span)
+    assert from_plain(Branch, json.loads(json.dumps(to_plain(branch))), "branch") == branch
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alive": 1}, "branch.alive is 1; expected bool"),
+        ({"side": "top"}, "branch.side is 'top'; expected 'left' or 'right'"),
+        ({"side": 3}, "branch.side is 3; expected"),
+        ({"span": ["cm"]}, r"branch.span is \['cm'\]; expected 2 items"),
+        ({"span": ["cm", "long"]}, r"branch.span\[1\] is 'long'; expected float"),
+    ],
+)
+def test_wrong_bools_literals_and_pairs_are_refused(change: dict[str, Any], message: str) -> None:
+    data = {"alive": True, "side": "left", "span": ["cm", 2.0], **change}
+    with pytest.raises(ValueError, match=message):
+        from_plain(Branch, data, "branch")

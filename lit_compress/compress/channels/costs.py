@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.channels.groups import ChannelAxis, ChannelGroups
+from lit_compress.compress.channels.axis_sizes import AxisSizes, check_axis, check_known
+from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan
 
 __all__ = ["PlanCost"]
@@ -54,10 +55,10 @@ class PlanCost:
         axes_of: dict[str, list[int]] = {name: [] for name in costs}
         unit_costs = dict(costs)
         for index, axis in enumerate(axes):
-            _check_size(axis, shapes[axis.tensor])
+            check_axis(axis, shapes[axis.tensor])
             axes_of[axis.tensor].append(index)
             unit_costs[axis.tensor] /= axis.channels.numel()
-        self._sizes = _AxisSizes(groups, axes)
+        self._sizes = AxisSizes(groups, axes)
         width = max(map(len, axes_of.values()), default=0)
         rows = [row + [len(axes)] * (width - len(row)) for row in axes_of.values()]
         self._axes_of = torch.tensor(rows, dtype=torch.int64).view(len(costs), width)
@@ -121,7 +122,7 @@ class PlanCost:
             ValueError: If the groups are those of another model.
         """
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        _check_known(groups, shapes, dict(model.named_buffers()))
+        check_known(groups, shapes, dict(model.named_buffers()))
         return cls(groups, shapes, {name: shape.numel() for name, shape in shapes.items()})
 
     @classmethod
@@ -146,7 +147,7 @@ class PlanCost:
             if isinstance(tensor, Tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 state[name] = tensor
-        _check_known(groups, state, dict(model.named_buffers()))
+        check_known(groups, state, dict(model.named_buffers()))
         shapes = {name: tensor.shape for name, tensor in state.items()}
         costs = {n: float(tensor.numel() * tensor.element_size()) for n, tensor in state.items()}
         if dense_size_bytes is None:
@@ -177,51 +178,3 @@ class PlanCost:
         if self._headers is not None:
             costs = ((costs + self._headers) / _ALIGNMENT).ceil() * _ALIGNMENT
         return (costs.sum(1) + self._fixed).round()
-
-
-class _AxisSizes:
-    """The sizes of axes as a function of the channels kept.
-
-    As :meth:`ChannelGroups.axis_sizes`, for many plans at once.
-    """
-
-    def __init__(self, groups: ChannelGroups, axes: Sequence[ChannelAxis]) -> None:
-        entries: list[tuple[int, int, int]] = []  # axis, group, how often it stands on the axis
-        fixed = []
-        boundaries = torch.tensor(groups.starts[1:])
-        for index, axis in enumerate(axes):
-            held = axis.channels[axis.channels >= 0]
-            group_of = torch.bucketize(held, boundaries, right=True)
-            counts = torch.bincount(group_of, minlength=len(groups.groups)).tolist()
-            entries += [(index, group, count) for group, count in enumerate(counts) if count]
-            fixed.append(axis.channels.numel() - held.numel())
-        table = torch.tensor(entries, dtype=torch.int64).view(-1, 3)
-        self._axis, self._group, self._counts = table.unbind(1)
-        channels = torch.tensor([group.num_channels for group in groups.groups], dtype=torch.int64)
-        self._channels = channels[self._group]
-        self._fixed = torch.tensor([*fixed, 1])
-
-    def __call__(self, kept: Tensor) -> Tensor:
-        """The sizes for each row of ``kept``, and a last column of ones."""
-        stays = self._counts * kept[:, self._group] // self._channels
-        return self._fixed.repeat(len(kept), 1).index_add_(1, self._axis, stays)
-
-
-def _check_size(axis: ChannelAxis, shape: torch.Size) -> None:
-    if axis.dim >= len(shape) or shape[axis.dim] != axis.channels.numel():
-        raise ValueError(
-            f"the groups know {axis.tensor!r} with {axis.channels.numel()} indices in dimension "
-            f"{axis.dim} and the model has it with the shape {tuple(shape)}; find the groups of "
-            "this model as it is now."
-        )
-
-
-def _check_known(
-    groups: ChannelGroups, tensors: Mapping[str, object], buffers: Mapping[str, object]
-) -> None:
-    for axis in groups.axes:
-        if axis.tensor not in tensors and axis.tensor not in buffers:
-            raise ValueError(
-                f"the groups hold the tensor {axis.tensor!r} and the model has none of that name; "
-                "find the groups of this model."
-            )

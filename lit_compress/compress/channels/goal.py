@@ -27,6 +27,7 @@ __all__ = ["ChannelAllocation", "ChannelGoal", "PruningRatio", "check_count"]
 ChannelAllocation: TypeAlias = Literal["uniform", "global"]
 PruningRatio: TypeAlias = float | list[float] | dict[str, float]
 
+_SEARCHED = "searched"
 LATENCY_TOLERANCE = 0.05
 """How far below its target a latency may lie; the others may lie 1 % below."""
 
@@ -38,7 +39,8 @@ class ChannelGoal:
     Attributes:
         pruning_ratio: Channels removed ÷ original: one for every group, a list with one for each,
             or by name patterns of groups. Beside a target, a list or mapping gives the proportions.
-        plan: The numbers themselves, or the path of a JSON file with them.
+        plan: The numbers themselves, the path of a JSON file with them, or ``"searched"`` where a
+            search is to find them; then a plan has to take its place before :meth:`resolve`.
         target_macs_ratio: Multiply-adds kept ÷ dense, in (0, 1].
         target_params_ratio: Parameters kept ÷ dense, in (0, 1].
         target_size_bytes: Bytes of the weights' file.
@@ -86,8 +88,15 @@ class ChannelGoal:
             raise ValueError(
                 f"plan is {self.plan!r}, expected a ChannelPlan or the path of its JSON file."
             )
+        if self.waits_for_search:
+            return
         if isinstance(self.plan, (str, Path)) and not Path(self.plan).is_file():
             raise ValueError(f"plan is {str(self.plan)!r}, and there is no such file.")
+
+    @property
+    def waits_for_search(self) -> bool:
+        """Whether the plan is still to be found."""
+        return self.plan == _SEARCHED
 
     @property
     def needs_latency(self) -> bool:
@@ -116,6 +125,7 @@ class ChannelGoal:
             ValueError: If a plan is for another model or its file is damaged, a name pattern
                 matches no group, or the target cannot be reached.
         """
+        assert not self.waits_for_search, "a plan takes the place of 'searched' before"
         if self.plan is not None:
             plan = self.plan if isinstance(self.plan, ChannelPlan) else ChannelPlan.load(self.plan)
             plan.check(groups)

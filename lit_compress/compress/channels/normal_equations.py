@@ -1,11 +1,13 @@
 """Least squares from sums that are gathered once and solved for any part of the inputs.
 
-Channel pruning solves the same regression again and again with other input channels left. The sums
-``X^T X`` and ``X^T Y`` hold all that is needed: every solve costs the cube of the inputs left, and
-no sample is kept.
+Channel pruning solves the same regression again and again with other input channels left, and
+sparsity with other weights left. The sums ``X^T X`` and ``X^T Y`` hold all that is needed, and no
+sample is kept: a solve costs the cube of the inputs left, or for weights a few products.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,6 +80,17 @@ class NormalEquations:
         self._x += x.sum(0)
         self._y += y.sum(0)
 
+    def map_sums(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put every sum through a function of the same shape, such as a sum over processes.
+
+        Args:
+            change: Gives a tensor of its argument's shape, float64.
+        """
+        count = torch.tensor([float(self.num_samples)], dtype=torch.float64)
+        self.num_samples = int(change(count))
+        for sums in (self._xx, self._xy, self._yy, self._x, self._y):
+            sums.copy_(change(sums))
+
     def solve(
         self,
         weight: Tensor,
@@ -108,8 +121,7 @@ class NormalEquations:
         Raises:
             ValueError: If no sample was added, ``ridge`` is negative, or the shapes do not fit.
         """
-        if ridge < 0:
-            raise ValueError(f"ridge is {ridge}, expected at least 0.")
+        _check_ridge(ridge)
         xx, xy, _, mean_x, mean_y = self._part(weight, bias, inputs, outputs)
         start = weight.detach().to(xx)
         scale = xx.diagonal().mean()
@@ -117,6 +129,57 @@ class NormalEquations:
         if scale > 0:  # else every input is constant, and no weight matters
             factor = _cholesky(xx, float(scale), ridge)
             solved = start + torch.cholesky_solve(xy - xx @ start.T, factor).T
+        if bias is None:
+            return solved.to(weight), None
+        return solved.to(weight), (mean_y - solved @ mean_x).to(bias)
+
+    def solve_masked(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        *,
+        ridge: float = 1e-2,
+        num_iterations: int = 20,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weights that predict the outputs best where each output has inputs of its own.
+
+        Minimises what :meth:`solve` does over the weights that a mask leaves, ``W0`` being the
+        masked weight. Every output is a system of its own; all are solved together by conjugate
+        gradients, preconditioned by the diagonal, at the cost of a product of ``W`` and ``X^T X``
+        an iteration. The error falls in each iteration from that of the masked weight, so that
+        few of them never fit worse than none (Hestenes & Stiefel 1952, section 6).
+
+        Args:
+            weight: Shape ``[num_outputs, num_inputs]``.
+            bias: As in :meth:`solve`.
+            mask: Bool, shaped as ``weight``, ``True`` where a weight is kept.
+            ridge: As in :meth:`solve`.
+            num_iterations: At least 1. For convolutions 20 come within 1 % of the least error.
+
+        Returns:
+            W, exactly 0 where the mask is ``False``, and b, shaped and typed as ``weight`` and
+            ``bias``.
+
+        Raises:
+            ValueError: If no sample was added, ``ridge`` is negative, ``num_iterations`` is below
+                1, or the shapes do not fit.
+        """
+        _check_ridge(ridge)
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations is {num_iterations}, expected at least 1.")
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ValueError(
+                f"the mask is {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of "
+                f"the weight's shape {tuple(weight.shape)}."
+            )
+        xx, xy, _, mean_x, mean_y = self._part(weight, bias, None, None)
+        mask = mask.to(xx.device)
+        start = torch.where(mask, weight.detach().to(xx), 0)
+        slope = torch.where(mask, xy.T - start @ xx, 0)
+        xx = xx.clone()
+        xx.diagonal().add_(ridge * xx.diagonal().mean())
+        solved = start + _conjugate_gradients(xx, slope, mask, num_iterations)
         if bias is None:
             return solved.to(weight), None
         return solved.to(weight), (mean_y - solved @ mean_x).to(bias)
@@ -198,3 +261,34 @@ def _cholesky(xx: Tensor, scale: float, ridge: float) -> Tensor:
         if not bool(failed) and bool(torch.isfinite(factor).all()):
             return factor
         ridge = max(10 * ridge, 1e-12)
+
+
+def _conjugate_gradients(xx: Tensor, slope: Tensor, mask: Tensor, num_iterations: int) -> Tensor:
+    """Steps ``D``, zero outside of the mask, with ``D xx = slope`` inside of it, row by row.
+
+    Rows that are done, and inputs that are always zero, stay where they are.
+    """
+    diagonal = xx.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
+    steps = torch.zeros_like(slope)
+    direction = slope * inverse
+    size = (slope * direction).sum(1)
+    for _ in range(num_iterations):
+        change = torch.where(mask, direction @ xx, 0)
+        step = _divided(size, (direction * change).sum(1))
+        steps += step * direction
+        slope = slope - step * change
+        scaled = slope * inverse
+        size, before = (slope * scaled).sum(1), size
+        direction = scaled + _divided(size, before) * direction
+    return steps
+
+
+def _divided(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotients as a column, 0 where the denominator is not above 0."""
+    return torch.where(denominator > 0, numerator / denominator, 0).unsqueeze(1)
+
+
+def _check_ridge(ridge: float) -> None:
+    if ridge < 0:
+        raise ValueError(f"ridge is {ridge}, expected at least 0.")

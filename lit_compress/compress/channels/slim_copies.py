@@ -38,6 +38,9 @@ class SlimCopies:
             with the highest scores stay, so that the copies are nested.
         ridge: Pull towards the dense weights, see :meth:`NormalEquations.solve`.
         max_bytes: Solved weights that are kept at most.
+
+    Attributes:
+        equations: The regression of each layer, once it was gathered.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class SlimCopies:
         self._groups = groups
         self._scores = scores
         self._ridge = ridge
-        self._equations: dict[str, NormalEquations] = {}
+        self.equations: dict[str, NormalEquations] = {}
         self._solved: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor | None]] = OrderedDict()
         self._room = max_bytes
         self._max_bytes = max_bytes
@@ -78,7 +81,7 @@ class SlimCopies:
             ValueError: As :func:`~lit_compress.compress.channels.reconstruction.gather_equations`.
         """
         layers = layers_to_reconstruct(self._network, self._groups)
-        self._equations = gather_equations(
+        self.equations = gather_equations(
             layers, self._network, batches, forward, num_points=num_points, seed=seed
         )
         self._solved.clear()
@@ -99,7 +102,7 @@ class SlimCopies:
         cut_channels(slim, self._groups, keep)
         kept = self._groups.kept_indices(keep)
         with torch.no_grad():
-            for layer, equations in self._equations.items():
+            for layer, equations in self.equations.items():
                 dims = kept.get(f"{layer}.weight", {})
                 if 1 in dims:
                     self._rewrite(layer, slim, equations, dims)

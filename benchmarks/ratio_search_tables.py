@@ -1,0 +1,243 @@
+"""The section of the results page on ratio search, from its JSON alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from ratio_search_bars import (
+    CASES,
+    ORIGINAL,
+    RULES,
+    SEEDS,
+    SPARSITIES,
+    TUNED_CASES,
+    Bar,
+    bars,
+    channel_search,
+    rule_score,
+    search_of,
+    top1s,
+)
+from sparsity_distillation import scores as committed_scores
+
+LABELS = {
+    "mobilenet_v1": "MobileNet-v1 (0.5)",
+    "plain20": "Plain-20",
+    "resnet20": "ResNet-20",
+}
+
+
+def section(results: dict[str, Any], committed: dict[str, Any]) -> str:
+    """The section, as Markdown.
+
+    Args:
+        results: Of the study.
+        committed: Of ``sparsity_distillation.py``.
+    """
+    search, tuning = results["settings"]["search"], results["settings"]["tuning"]
+    num_images = 10 * search["val_per_class"]
+    return f"""## Ratio search
+
+`RatioSearch` under a budget of multiply-adds, {search["num_episodes"]} episodes, one thread. The
+reward is top-1 without any tuning on {num_images:,} images held out of the training images (which
+the networks were trained on, so that the scores are high); seeds {_listed(SEEDS)}. The rules of
+thumb were each scored to the end on the same images. CPU seconds are of the whole fit, calibration
+and agent included, divided by the episodes.
+
+{search_table(results)}
+
+The original AMC code, run on the same MobileNet-v1 at half of the multiply-adds on one core (its
+own {num_images:,} training images, seed 1): dense {ORIGINAL["dense_score"]:.4f}, best
+{ORIGINAL["best_score"]:.4f} with {ORIGINAL["cost_ratio"]:.3f} of the multiply-adds,
+{ORIGINAL["cpu_seconds_per_episode"]:.1f} CPU seconds an episode; uniform
+{ORIGINAL["uniform"]:.4f}, best of the shallow ones {ORIGINAL["shallow"]:.4f}, best of the deep ones
+{ORIGINAL["deep"]:.4f}.
+
+Where the best of each source came from, seed by seed:
+
+{source_table(results)}
+
+Channels kept of each group, in forward order:
+
+{plan_table(results)}
+
+### After tuning
+
+Both arms start from the same network, are cut before the first step (importance
+`{tuning["importance"]}`, {"" if tuning["reconstruct"] else "no "}least-squares reconstruction), and
+are tuned for {tuning["epochs"]} epochs on the same images in the same order (SGD, learning rate
+{tuning["lr"]} with a cosine, batch {tuning["batch_size"]}, {tuning["precision"]}). Top-1 in percent
+on the 10,000 test images; mean ± standard deviation over {len(SEEDS)} seeds.
+
+{tuning_table(results)}
+
+### Densities of weights
+
+ResNet-20, one search of {search["num_sparsity_episodes"]} episodes a level, then trained as in the
+section on sparsity and distillation above, whose numbers (allocation
+`{committed["settings"]["allocation"]}`) stand beside. Top-1 in percent on the test images.
+
+{sparsity_table(results, committed)}
+
+### Bars
+
+{bar_table(bars(results, committed))}
+
+JSON: [`results/ratio_search.json`](results/ratio_search.json); made by
+`python benchmarks/ratio_search.py`."""
+
+
+def search_table(results: dict[str, Any]) -> str:
+    """What the searches found beside the rules of thumb."""
+    lines = [
+        "| network | budget | | best reward | MACs ratio | CPU s per episode |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, target in CASES:
+        case = f"| {LABELS[model]} | {target:g} |"
+        found = searches_of(results, model, target)
+        if found:
+            lines.append(f"{case} dense | {found[0]['dense_score']:.4f} | 1 | |")
+        rules = channel_search(results, model, target, "rules", 1)
+        for rule in RULES if rules else ():
+            best = rules["best_by_source"][rule] if rules else {}
+            name = rule if rule == "uniform" else f"best {rule}"
+            lines.append(f"{case} {name} | {best['score']:.4f} | {best['cost_ratio']:.3f} | |")
+        random = channel_search(results, model, target, "random", 1)
+        if random is not None:
+            lines.append(f"{case} random search, seed 1 {_cells([random])}")
+        if found:
+            lines.append(f"{case} **searched**, {len(found)} seeds {_cells(found)}")
+    return "\n".join(lines)
+
+
+def source_table(results: dict[str, Any]) -> str:
+    """Who proposed the best of each search, and when."""
+    lines = [
+        "| network | budget | seed | best reward | by | in episode | best rule | given up early |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, target in CASES:
+        best_rule = max(rule_score(results, model, target, rule) for rule in RULES)
+        for search in searches_of(results, model, target):
+            cells = [
+                LABELS[model],
+                f"{target:g}",
+                search["seed"],
+                f"{search['best_score']:.4f}",
+                search["best_source"],
+                search["best_episode"],
+                "–" if math.isnan(best_rule) else f"{best_rule:.4f}",
+                f"{search['num_given_up']} of {search['num_episodes']}",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def plan_table(results: dict[str, Any]) -> str:
+    """The channels that each search keeps."""
+    lines = ["| network | budget | | channels |", "| --- | --- | --- | --- |"]
+    for model, target in CASES:
+        found = searches_of(results, model, target)
+        case = f"| {LABELS[model]} | {target:g} |"
+        if found:
+            lines.append(f"{case} dense | {_listed(found[0]['full'].values())} |")
+        rules = channel_search(results, model, target, "rules", 1)
+        if rules is not None:
+            uniform = rules["best_by_source"]["uniform"]["found"]
+            lines.append(f"{case} uniform | {_listed(uniform)} |")
+        lines += [f"{case} seed {s['seed']} | {_listed(s['found'].values())} |" for s in found]
+    return "\n".join(lines)
+
+
+def tuning_table(results: dict[str, Any]) -> str:
+    """Searched and uniform plans, right after the cut and after tuning."""
+    lines = [
+        "| network | budget | plan | MACs ratio | after the cut | after tuning |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for model, target in TUNED_CASES:
+        for method in ("uniform", "searched"):
+            wanted = {"model": model, "target": target, "method": method}
+            runs = [run for run in results["tuned"] if wanted.items() <= run.items()]
+            if runs:
+                ratio = mean(run["macs_ratio"] for run in runs)
+                cells = [LABELS[model], f"{target:g}", method, f"{ratio:.3f}"]
+                cells += [spread(top1s(runs, what)) for what in ("top1_after_cut", "test_top1")]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sparsity_table(results: dict[str, Any], committed: dict[str, Any]) -> str:
+    """Searched, uniform and global densities."""
+    allocation = committed["settings"]["allocation"]
+    lines = [
+        "| sparsity | uniform | uniform + distillation "
+        f"| `{allocation}` | `{allocation}` + distillation | searched + distillation "
+        "| best reward of the search | reward of uniform |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for level in SPARSITIES:
+        own = {
+            method: spread(top1s(results["sparse"], target=level, method=method))
+            for method in ("uniform", "uniform+distillation", "searched+distillation")
+        }
+        before = [
+            spread(committed_scores(committed, method, level))
+            for method in ("sparsity", "sparsity+distillation")
+        ]
+        search = search_of(results, "resnet20", "sparsity", level, "ddpg", 1)
+        cells = [f"{100 * level:g} %", own["uniform"], own["uniform+distillation"], *before]
+        cells += [own["searched+distillation"], *_rewards(search)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bar_table(found: Sequence[Bar]) -> str:
+    """Each bar with its value and verdict."""
+    lines = ["| bar | asked | measured | |", "| --- | --- | --- | --- |"]
+    for bar in found:
+        verdict = bar.verdict if bar.holds else f"**{bar.verdict}**"
+        limit, value = (_shown(number, bar.digits) for number in (bar.limit, bar.value))
+        lines.append(f"| {bar.what} | {bar.sense} {limit} | {value} | {verdict} |")
+    return "\n".join(lines)
+
+
+def searches_of(results: dict[str, Any], model: str, target: float) -> list[dict[str, Any]]:
+    """The study's own searches of a case, by seed."""
+    found = (channel_search(results, model, target, "ddpg", seed) for seed in SEEDS)
+    return [search for search in found if search is not None]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "–"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def _cells(found: Sequence[dict[str, Any]]) -> str:
+    scores, ratios, seconds = (
+        [search[name] for search in found]
+        for name in ("best_score", "cost_ratio", "cpu_seconds_per_episode")
+    )
+    return f"| {spread(scores, 4)} | {max(ratios):.3f} | {spread(seconds)} |"
+
+
+def _rewards(search: dict[str, Any] | None) -> tuple[str, str]:
+    if search is None:
+        return "–", "–"
+    uniform = search["best_by_source"].get("uniform")
+    return f"{search['best_score']:.4f}", f"{uniform['score']:.4f}" if uniform else "–"
+
+
+def _shown(number: float, digits: int) -> str:
+    return "–" if math.isnan(number) else f"{number:.{digits}f}"
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)

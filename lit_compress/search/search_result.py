@@ -1,0 +1,336 @@
+"""What a ratio search found, as data, table and picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lit_compress.compress.channels.plan import ChannelPlan
+from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.search.problem import Decision
+from lit_compress.search.search_table import search_table
+from lit_compress.search.sensitivity_result import Mode
+
+__all__ = ["Episode", "SearchResult", "Space"]
+
+Space = Literal["channels", "sparsity", "bits"]
+
+_FORMAT = "lit-compress ratio search 1"
+_FOUND: dict[Space, str] = {"channels": "plan", "sparsity": "sparsities", "bits": "layer_bits"}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One candidate of a search and how it did.
+
+    Attributes:
+        number: From 0, in the order of the search.
+        source: Who proposed it: ``"uniform"``, ``"shallow"``, ``"deep"``, ``"random"``,
+            ``"sensitivity"``, ``"ddpg"``.
+        choice: The index of the level of each decision.
+        score: The user's metric; NaN where evaluation failed.
+        reward: What the search maximises; NaN where evaluation failed.
+        costs: What the candidate costs, by name, absolute.
+        complete: Whether it was evaluated on all examples. Where it was given up early, the score
+            is from a part of them and not to be compared.
+        failure: Why evaluation failed, or ``None``.
+        seconds: CPU seconds that it took.
+    """
+
+    number: int
+    source: str
+    choice: tuple[int, ...]
+    score: float
+    reward: float
+    costs: Mapping[str, float]
+    complete: bool
+    failure: str | None
+    seconds: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether it can win: evaluated on all examples, without failure, the reward a number."""
+        return self.complete and self.failure is None and not math.isnan(self.reward)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The episodes of a ratio search and the best of them, complete or as far as a run has come.
+
+    ``print(result)`` shows what was found, layer by layer, and the best of each source.
+
+    Attributes:
+        space: What was searched: channels kept, densities of weights, or bits.
+        decisions: One for each layer or group of coupled layers, in forward order.
+        metric: Name of the user's metric.
+        mode: ``"max"`` where more of the metric is better, ``"min"`` where less is.
+        dense_score: The metric of the dense model, on the same examples.
+        dense_costs: What the dense model costs, by name, absolute.
+        budget: The name of a cost and its absolute limit, or ``None``.
+        reward: What was maximised, in words: ``"score"``, ``"error_log_macs"``.
+        episodes: In the order of the search, their numbers rising.
+        best: The number of the winning episode, which is a finished one; ``None`` if none is.
+        setting: What the result depends on, in words: seed, digest of the weights, data.
+
+    Raises:
+        ValueError: If these contradict each other.
+    """
+
+    space: Space
+    decisions: tuple[Decision, ...]
+    metric: str
+    mode: Mode
+    dense_score: float
+    dense_costs: Mapping[str, float]
+    budget: tuple[str, float] | None
+    reward: str
+    episodes: tuple[Episode, ...]
+    best: int | None
+    setting: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for what, word, known in (("space", self.space, Space), ("mode", self.mode, Mode)):
+            if word not in get_args(known):
+                raise ValueError(
+                    f"{what} is {word!r}; expected {' or '.join(map(repr, get_args(known)))}."
+                )
+        if self.budget is not None and self.budget[0] not in self.dense_costs:
+            raise ValueError(
+                f"the budget is on {self.budget[0]!r}, which is not among the dense model's costs; "
+                f"these are {', '.join(map(repr, self.dense_costs)) or 'none'}."
+            )
+        before = -1
+        for episode in self.episodes:
+            self._check_episode(episode, before)
+            before = episode.number
+        winner = next((e for e in self.episodes if e.number == self.best), None)
+        if self.best is not None and (winner is None or not winner.finished):
+            raise ValueError(
+                f"the best episode is said to be number {self.best}, which "
+                f"{'is not there' if winner is None else 'was not evaluated to its end'}; expected "
+                "the number of an episode that finished, or None."
+            )
+
+    # --- The winner -------------------------------------------------------------------------------
+
+    @property
+    def best_episode(self) -> Episode:
+        """The winning episode.
+
+        Raises:
+            ValueError: If no episode finished; ``best`` is ``None`` then.
+        """
+        for episode in self.episodes:
+            if episode.number == self.best:
+                return episode
+        failures = [e.failure for e in self.episodes if e.failure is not None]
+        reason = f" The last failure: {failures[-1]}" if failures else ""
+        raise ValueError(
+            f"none of {len(self.episodes)} episodes finished ({self.num_failed} failed, "
+            f"{self.num_given_up} were given up early), so there is no best one; let the search "
+            f"run longer, or mend what fails.{reason}"
+        )
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The winner's level of each decision, by name: channels kept, density, or bits."""
+        return self.values_of(self.best_episode)
+
+    @property
+    def preserve_ratios(self) -> dict[str, float]:
+        """The winner's levels ÷ those of the dense model, in (0, 1], by name."""
+        return self.preserve_ratios_of(self.best_episode)
+
+    @property
+    def plan(self) -> ChannelPlan:
+        """The winner's channels, for ``ChannelPruning(plan=...)``.
+
+        Raises:
+            ValueError: If other things than channels were searched, or no episode finished.
+        """
+        self._check_space("channels")
+        kept = {name: round(value) for name, value in self.values.items()}
+        return ChannelPlan(kept, {d.name: round(d.full) for d in self.decisions})
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """The winner's zeros ÷ weights of each layer, in [0, 1).
+
+        Raises:
+            ValueError: If other things than sparsity were searched, or no episode finished.
+        """
+        self._check_space("sparsity")
+        return {name: 1 - density for name, density in self.values.items()}
+
+    @property
+    def layer_bits(self) -> dict[str, int]:
+        """The winner's bits of each layer's weights.
+
+        Raises:
+            ValueError: If other things than bits were searched, or no episode finished.
+        """
+        self._check_space("bits")
+        return {name: round(bits) for name, bits in self.values.items()}
+
+    # --- All episodes -----------------------------------------------------------------------------
+
+    def values_of(self, episode: Episode) -> dict[str, float]:
+        """An episode's level of each decision, by name."""
+        pairs = zip(self.decisions, episode.choice, strict=True)
+        return {decision.name: decision.levels[index] for decision, index in pairs}
+
+    def preserve_ratios_of(self, episode: Episode) -> dict[str, float]:
+        """An episode's levels ÷ those of the dense model, in (0, 1], by name."""
+        pairs = zip(self.decisions, episode.choice, strict=True)
+        return {decision.name: decision.ratios[index] for decision, index in pairs}
+
+    def cost_ratio(self, episode: Episode, cost: str) -> float:
+        """What an episode costs ÷ what the dense model does; NaN where either is unknown."""
+        dense = self.dense_costs.get(cost)
+        return episode.costs.get(cost, math.nan) / dense if dense else math.nan
+
+    def best_by_source(self) -> dict[str, Episode]:
+        """The finished episode with the best reward of each source, by falling reward."""
+        best: dict[str, Episode] = {}
+        for episode in self.episodes:
+            known = best.get(episode.source)
+            if episode.finished and (known is None or episode.reward > known.reward):
+                best[episode.source] = episode
+        return dict(sorted(best.items(), key=lambda item: -item[1].reward))
+
+    def running_best(self) -> tuple[float, ...]:
+        """The best reward of finished episodes up to each episode; NaN before the first."""
+        best, running = math.nan, []
+        for episode in self.episodes:
+            if episode.finished and not best >= episode.reward:
+                best = episode.reward
+            running.append(best)
+        return tuple(running)
+
+    @property
+    def num_failed(self) -> int:
+        """Episodes whose evaluation failed."""
+        return sum(episode.failure is not None for episode in self.episodes)
+
+    @property
+    def num_given_up(self) -> int:
+        """Episodes that were stopped early because they could not win any more."""
+        return sum(not e.complete and e.failure is None for e in self.episodes)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all episodes."""
+        return sum(episode.seconds for episode in self.episodes)
+
+    # --- Table and picture ------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """The winner and its costs, its layers, and the best of each source, as text.
+
+        Where no episode finished, the text says so.
+        """
+        return search_table(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the search as a PNG, after He et al. 2018 ("AMC", figures 2 and 3).
+
+        Three panels: how much the winner and the baselines keep of each layer; the reward by
+        episode; the metric against the budget's cost, or the first one.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        from lit_compress.search.search_plot import plot_search
+
+        return plot_search(self, Path(path))
+
+    # --- Files ------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The result as strict JSON; :meth:`from_json` is the way back."""
+        data = {"format": _FORMAT, **to_plain(self)}
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchResult:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is something else, was cut off, or contradicts itself.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"the text is no JSON ({error}); expected the result of a ratio search. Was the "
+                "file cut off?"
+            ) from error
+        found = data.pop("format", None) if isinstance(data, dict) else None
+        if found != _FORMAT:
+            raise ValueError(
+                f"the JSON has format {found!r}; expected {_FORMAT!r}, as SearchResult.save "
+                "writes it."
+            )
+        return from_plain(cls, data, "search")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write :meth:`to_json` to a file, whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        part.write_text(self.to_json(), encoding="utf-8")
+        os.replace(part, target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SearchResult:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds something else.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # UnicodeDecodeError is one too
+            raise ValueError(
+                f"{os.fspath(path)!r} cannot be read as the result of a ratio search: {error}"
+            ) from error
+
+    # --- Inside -----------------------------------------------------------------------------------
+
+    def _check_space(self, space: Space) -> None:
+        if self.space != space:
+            raise ValueError(
+                f"this search was over {self.space}, so it found no {_FOUND[space]}; ask for "
+                f"{_FOUND[self.space]}."
+            )
+
+    def _check_episode(self, episode: Episode, before: int) -> None:
+        if episode.number <= before:
+            raise ValueError(
+                f"episode {episode.number} comes after episode {before}; expected rising numbers "
+                "from 0."
+            )
+        if len(episode.choice) != len(self.decisions):
+            raise ValueError(
+                f"episode {episode.number} chooses {len(episode.choice)} levels, expected "
+                f"{len(self.decisions)}, one for each decision."
+            )
+        for decision, index in zip(self.decisions, episode.choice, strict=True):
+            if not 0 <= index < len(decision.levels):
+                raise ValueError(
+                    f"episode {episode.number} chooses level {index} of {decision.name!r}, "
+                    f"expected 0 to {len(decision.levels) - 1}."
+                )
