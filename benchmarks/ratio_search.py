@@ -104,10 +104,12 @@ def as_json(results: dict[str, Any]) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
-        lock.close()
+    finally:
+        os.close(folder)
 
 
 # --- The study ------------------------------------------------------------------------------------

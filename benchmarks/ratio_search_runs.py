@@ -40,7 +40,7 @@ WEIGHTS = {
     "resnet20": "resnet20-cifar10-jpeg",
 }
 ROUND_TO = {"mobilenet_v1": 8, "plain20": 1}
-"""Channels kept are multiples of it. Plain-20 begins with 16: a multiple of 8 is no uniform ratio."""
+"""Channels kept are multiples of it. Plain-20 is 16 wide: multiples of 8 make no uniform ratio."""
 
 
 @dataclass(frozen=True)

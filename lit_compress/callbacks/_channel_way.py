@@ -11,9 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_compress.callbacks._channel_scores import channel_scores
+from lit_compress.callbacks._channel_scores import channel_scores, run_network
+from lit_compress.callbacks._cut_in_fit import cut_in_fit
 from lit_compress.callbacks._teacher import copy_network
-from lit_compress.callbacks._training_sample import TrainingSample
+from lit_compress.callbacks._training_sample import NetworkInput, TrainingSample
+from lit_compress.compress.batch_norm import recalibrate_batch_norm
 from lit_compress.compress.channels.cut import cut_channels
 from lit_compress.compress.channels.goal import ChannelGoal
 from lit_compress.compress.channels.groups import ChannelGroups
@@ -21,12 +23,13 @@ from lit_compress.compress.channels.importance import Importance
 from lit_compress.compress.channels.penalty import PenaltyKind, add_penalty
 from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
 from lit_compress.compress.channels.progress import ChannelProgress, Spread
+from lit_compress.compress.channels.reconstruction import reconstruct
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.structure import record_of, replay
 from lit_compress.compress.structure_record import StructureRecord
 from lit_compress.measure import layer_complexity, measure_latency
 
-__all__ = ["ChannelWay", "pull_in_step"]
+__all__ = ["ChannelWay", "cut_and_mend", "pull_in_step"]
 
 
 class ChannelWay:
@@ -147,6 +150,44 @@ def _scores_of_dense(groups: ChannelGroups, now: ChannelGroups, scores: Tensor) 
             dense = padded[groups.span(group.name)].view(group.num_blocks, -1)
             dense[:, : blocks.shape[1]] = blocks
     return padded
+
+
+def cut_and_mend(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    network: nn.Module,
+    groups: ChannelGroups,
+    keep: Tensor,
+    inputs: Sequence[NetworkInput],
+    by_least_squares: bool,
+    new_statistics: bool,
+) -> ChannelGroups:
+    """Cut a network that is being trained, and make up for what went.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        network: The network in it.
+        groups: Its channels.
+        keep: bool, shape ``[groups.num_channels]``; true where the channel stays.
+        inputs: Of training batches.
+        by_least_squares: Whether layers that lost inputs get new weights.
+        new_statistics: Whether batch norms do.
+
+    Returns:
+        The groups of the network as it is now.
+    """
+    before = copy_network(network) if by_least_squares else None
+
+    def mend() -> None:
+        with torch.compiler.set_stance("force_eager"):
+            if before is not None:
+                done = reconstruct(network, before, groups, keep, inputs, run_network)
+                rank_zero_info(f"ChannelPruning: new weights by least squares\n{done}")
+            if new_statistics:
+                recalibrate_batch_norm(network, inputs, run_network)
+
+    return cut_in_fit(trainer, pl_module, network, groups, keep, mend)
 
 
 def pull_in_step(

@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lit_compress.callbacks._method_wrapping import MethodWrapper
+from lit_compress.callbacks._method_wrapping import MethodWrapper, Removable
 from lit_compress.compress.layers import plain_name
 
 
@@ -31,10 +31,6 @@ class NetworkCall:
     kwargs: dict[str, Any]
     output: Any
     features: dict[str, list[Any]]
-
-
-class _Removable(Protocol):
-    def remove(self) -> None: ...
 
 
 class NetworkCalls:
@@ -59,7 +55,7 @@ class NetworkCalls:
         self._armed = False
         self._calls: list[NetworkCall] = []
         self._features: dict[str, list[Any]] = {}
-        self._handles: list[_Removable] = []
+        self._handles: list[Removable] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NetworkCalls:
         # Hooks travel into copies of the network; there they find a recorder that never records.

@@ -20,7 +20,7 @@ from lit_compress.compress.channels.slim_copies import SlimCopies
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.sparse_copies import SparseCopies
 from lit_compress.measure import layer_complexity
-from lit_compress.search.bit_space import BitSpace
+from lit_compress.search.bit_space import BitSpace, quantizable_layers
 from lit_compress.search.channel_space import ChannelSpace
 from lit_compress.search.latency_table import LatencyTable
 from lit_compress.search.problem import Budget, Choice, Cost, RatioProblem
@@ -29,6 +29,9 @@ from lit_compress.search.settings import CandidateSettings, SearchTarget
 from lit_compress.search.sparsity_space import SparsitySpace, sparse_layers
 
 __all__ = ["CandidateSpace", "candidate_space", "latency_file"]
+
+_BATCH_NORM_BATCHES = 1
+"""Of sparse candidates: with few weights left, old statistics leave nothing to choose from."""
 
 
 class CandidateSpace(Protocol):
@@ -78,12 +81,18 @@ def candidate_space(
     layer_macs = {row.name: row.macs or 0 for row in rows}
     if space == "channels":
         return _channels(trainer, dense, layer_macs, target, settings, sample, latency_cache)
-    layers = sparse_layers(dense, settings.ignored_layers or None)
     if space == "bits":
-        return BitSpace(dense, layers, layer_macs)
+        layers = quantizable_layers(dense, settings.ignored_layers)
+        called = [name for name in layers if layer_macs.get(name)]
+        return BitSpace(dense, called or layers, layer_macs)
+    layers = sparse_layers(dense, settings.ignored_layers or None)
     sparse = SparseCopies(dense, layers)
     if settings.num_calibration_batches:
-        sparse.gather(sample.inputs[: settings.num_calibration_batches], run_network)
+        sparse.gather(
+            sample.inputs[: settings.num_calibration_batches],
+            run_network,
+            num_batch_norm_batches=_BATCH_NORM_BATCHES,
+        )
         _add_up(trainer, sparse.equations)
     assert target.final_sparsity is not None, "SearchTarget.check has seen to it"
     return SparsitySpace(dense, layers, sparse, layer_macs, target_sparsity=target.final_sparsity)

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_compress.callbacks import tracking
+from lit_compress.callbacks._searched import found_bits, found_sparsities
 from lit_compress.search.search_result import Episode, SearchResult
 
 __all__ = ["SearchProgress", "report_search", "save_solution"]
@@ -80,7 +81,8 @@ def report_search(trainer: pl.Trainer, result: SearchResult, folder: Path) -> No
     rank_zero_info(f"RatioSearch:\n{result}")
     if not trainer.is_global_zero:
         return
-    files = [result.save(folder / "search.json"), save_solution(result, folder)]
+    solution = save_solution(result, folder, trainer.lightning_module)
+    files = [result.save(folder / "search.json"), solution]
     pictures = []
     try:
         pictures.append(result.plot(folder / "search.png"))
@@ -96,19 +98,26 @@ def report_search(trainer: pl.Trainer, result: SearchResult, folder: Path) -> No
     tracking.log_artifact(trainer, "ratio-search", "search", files, metadata)
 
 
-def save_solution(result: SearchResult, folder: Path) -> Path:
+def save_solution(result: SearchResult, folder: Path, pl_module: pl.LightningModule) -> Path:
     """Write what was found as the file that later runs take.
 
+    Args:
+        result: With at least one finished episode.
+        folder: Where to write it.
+        pl_module: The module whose network was searched.
+
     Returns:
-        ``plan.json`` for ``ChannelPruning(plan=...)``, or ``sparsities.json`` or
-        ``layer_bits.json``: a mapping from layers to numbers.
+        ``plan.json`` for ``ChannelPruning(plan=...)``, or ``sparsities.json`` with the mapping for
+        ``MagnitudeSparsity(final_sparsity=...)``, or ``layer_bits.json`` with that for
+        quantization.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _SOLUTION_FILES[result.space]
     if result.space == "channels":
         result.plan.save(file)
     else:
-        found = result.sparsities if result.space == "sparsity" else result.layer_bits
+        sparse = result.space == "sparsity"
+        found = found_sparsities(result, pl_module) if sparse else found_bits(result)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return file
 

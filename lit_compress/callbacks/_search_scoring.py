@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ class ResidentScore:
     """Scores a network by the user's ``validation_step``.
 
     In several processes each one looks at its share of the examples, and all come to the same
-    score: sums are added up after each batch.
+    score: sums are added up after each batch. Where one of them fails, all do.
 
     Args:
         trainer: The Trainer.
@@ -78,17 +79,23 @@ class ResidentScore:
 
         device = self._trainer.strategy.root_device.type
         bf16 = torch.autocast(device, torch.bfloat16) if self.in_bf16 else nullcontext()
-        with bf16:
-            values = self._validation(_channels_last(network), after)
-        if self._metric not in values:
-            raise MisconfigurationException(
-                f"the validation of a candidate did not log {self._metric!r}; it logged "
-                f"{', '.join(map(repr, values)) or 'nothing'}."
-            )
+        try:
+            with bf16:
+                values = self._validation(_channels_last(network), after)
+            if self._metric not in values:
+                raise MisconfigurationException(
+                    f"the validation of a candidate did not log {self._metric!r}; it logged "
+                    f"{', '.join(map(repr, values)) or 'nothing'}."
+                )
+        except _FailedElsewhere:
+            raise
+        except Exception:
+            self._of_all_processes(math.nan, 0, failed=True)
+            raise
+        value, _ = self._of_all_processes(values[self._metric], 1)
         if running:
             complete = len(running) >= self._num_batches
             return Scored(running[-1], tuple(running), tuple(seen), complete)
-        value, _ = self._of_all_processes(values[self._metric], 1)
         return Scored(value)
 
     def agrees_in_bf16(self, networks: Sequence[nn.Module]) -> bool:
@@ -116,15 +123,27 @@ class ResidentScore:
         )
         return decision
 
-    def _of_all_processes(self, value: float, examples: int) -> tuple[float, int]:
-        """The mean over processes by examples, and the examples of all."""
+    def _of_all_processes(
+        self, value: float, examples: int, failed: bool = False
+    ) -> tuple[float, int]:
+        """The mean over processes by examples, and the examples of all.
+
+        Raises:
+            _FailedElsewhere: If another process failed and this one did not.
+        """
         if self._trainer.world_size == 1:
             return value, examples
-        sums = torch.tensor([value * examples, examples], dtype=torch.float64)
+        sums = torch.tensor([value * examples, examples, failed], dtype=torch.float64)
         sums = sums.to(self._trainer.strategy.root_device)
         total = self._trainer.strategy.reduce(sums, reduce_op="sum")
         assert isinstance(total, Tensor)
+        if total[2] and not failed:
+            raise _FailedElsewhere("the validation failed in another process")
         return float(total[0] / total[1]), int(total[1])
+
+
+class _FailedElsewhere(RuntimeError):
+    """What a process raises that waited for one whose validation failed."""
 
 
 def _after_some_batches(running: Sequence[float], num_examples: Sequence[int]) -> bool:
@@ -213,7 +232,8 @@ def scoring_batches(
             + (f" beside the {num_skipped} for calibration" if what == "training" else "")
             + "; give a loader with examples, or fewer calibration batches."
         )
-    batches = _mixed(found, settings.num_examples) or _shuffled(found, settings.num_examples)
+    own_share = -(-settings.num_examples // trainer.world_size)
+    batches = _mixed(found, own_share) or _shuffled(found, own_share)
     if trainer.world_size > 1:
         count = torch.tensor([len(batches)], device=trainer.strategy.root_device)
         least = trainer.strategy.reduce(-count, reduce_op="max")
@@ -252,7 +272,7 @@ def _training_data(
     for item in itertools.islice(iter(stream), num_skipped, None):
         batches.append(ValidationBatch(on_device(trainer, item[0]), len(batches)))
         seen += extract_batch_size(item[0])
-        if seen * trainer.world_size >= num_examples:
+        if seen * trainer.world_size >= num_examples or trainer.fast_dev_run:  # type: ignore[attr-defined]
             break
     return batches
 

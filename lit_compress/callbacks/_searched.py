@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import glob
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lit_compress.callbacks._network_calls import find_uncompiled_network
+from lit_compress.compress.layers import plain_name
 from lit_compress.search.search_result import SearchResult, Space
+from lit_compress.search.sparsity_space import exact_sparsities
 
-__all__ = ["SEARCHED", "TakesSearched", "hand_over", "refuse_waiting_in_vain"]
+__all__ = [
+    "SEARCHED",
+    "LayerBits",
+    "TakesSearched",
+    "declared_bits",
+    "found_bits",
+    "found_sparsities",
+    "hand_over",
+    "refuse_layers",
+    "refuse_waiting_in_vain",
+]
 
 SEARCHED = "searched"
 """What a user writes in the place of numbers that ``RatioSearch`` is to find."""
+
+LayerBits: TypeAlias = dict[str, int] | Literal["searched"]
+"""Bits of weights by name pattern of the layer, or what a search is to find."""
 
 _ARGUMENTS: dict[Space, str] = {
     "channels": 'ChannelPruning(plan="searched")',
@@ -74,3 +91,73 @@ def hand_over(trainer: pl.Trainer, result: SearchResult) -> list[str]:
             callback.take_searched(result)
             taken.append(type(callback).__name__)
     return taken
+
+
+def refuse_layers(*given: object) -> None:
+    """Refuse a choice of layers beside ``final_sparsity="searched"``.
+
+    Args:
+        given: What is said of them; ``None`` for nothing.
+
+    Raises:
+        ValueError: If anything is said.
+    """
+    if any(choice is not None for choice in given):
+        raise ValueError(
+            f"final_sparsity is {SEARCHED!r} and layers, ignored_layers or layer_types is given "
+            "too; the layers are those of the search. Say there which ones stay dense, in "
+            "RatioSearch(candidates=CandidateSettings(ignored_layers=[...]))."
+        )
+
+
+def found_sparsities(
+    result: SearchResult | None, pl_module: pl.LightningModule
+) -> dict[str, float]:
+    """What a search over sparsity found, as ``MagnitudeSparsity(final_sparsity=...)`` takes it.
+
+    Args:
+        result: Of the network of this module, before any cut.
+        pl_module: The module.
+
+    Returns:
+        By name patterns, each of which matches one layer of the module: zeros / weights, with which
+        all these layers together have exactly the zeros that the search was told.
+    """
+    assert result is not None, "setup has seen to a search"
+    assert result.budget is not None, "a search over sparsity has one"
+    network = find_uncompiled_network(pl_module)
+    in_module = {id(part): plain_name(name) for name, part in pl_module.named_modules()}
+    layers = {name: network.get_submodule(name) for name in result.sparsities}
+    sizes = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
+    target = 1 - result.budget[1] / sum(sizes.values())
+    exact = exact_sparsities(result.sparsities, sizes, target)
+    return {glob.escape(in_module[id(layers[name])]): value for name, value in exact.items()}
+
+
+def declared_bits(layer_bits: LayerBits | None, network: str | None) -> dict[str, int]:
+    """The ``layer_bits`` of a scheme as they are known before a search.
+
+    Args:
+        layer_bits: As the user declares them.
+        network: The user's name of the network that is quantized, if any.
+
+    Raises:
+        ValueError: If they are to be searched and a network is named.
+    """
+    if layer_bits != SEARCHED:
+        return layer_bits or {}  # type: ignore[return-value]  # the scheme checks it
+    if network is not None:
+        raise ValueError(
+            f"layer_bits is {SEARCHED!r} and network is {network!r}; the search has the bits of "
+            "the module's whole network. Leave network out."
+        )
+    return {}
+
+
+def found_bits(result: SearchResult) -> dict[str, int]:
+    """What a search over bits found, as the ``layer_bits`` of quantization take it.
+
+    Returns:
+        Bits by name patterns, each of which matches one layer of the network.
+    """
+    return {glob.escape(name): bits for name, bits in result.layer_bits.items()}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,12 +17,10 @@ from lit_compress.callbacks._channel_scores import (
     channel_scores,
     check_importance,
     measured_after_cut,
-    run_network,
 )
-from lit_compress.callbacks._channel_way import ChannelWay, pull_in_step
-from lit_compress.callbacks._cut_in_fit import cut_in_fit
+from lit_compress.callbacks._channel_way import ChannelWay, cut_and_mend, pull_in_step
 from lit_compress.callbacks._method_wrapping import MethodWrapper
-from lit_compress.callbacks._network_calls import find_network
+from lit_compress.callbacks._network_calls import find_uncompiled_network
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_sharded_strategy,
@@ -38,9 +35,7 @@ from lit_compress.callbacks._stage_order import (
     refuse_quantized_network,
 )
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
-from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
-from lit_compress.compress.batch_norm import recalibrate_batch_norm
 from lit_compress.compress.channels.cut import misfit
 from lit_compress.compress.channels.goal import (
     ChannelAllocation,
@@ -53,7 +48,6 @@ from lit_compress.compress.channels.importance import Importance
 from lit_compress.compress.channels.penalty import ChannelPenalty
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.progress import ChannelProgress, Spread, check_spread
-from lit_compress.compress.channels.reconstruction import reconstruct
 from lit_compress.compress.layers import refuse_bare_string
 from lit_compress.compress.schedules import Ramp, Schedule
 from lit_compress.search.search_result import SearchResult, Space
@@ -198,7 +192,7 @@ class ChannelPruning(pl.Callback):
         self._let_go()
         if self._restored is None:  # else the run that is resumed may quantize by now
             refuse_quantized_network(pl_module, self)
-        network = _network(pl_module)
+        network = find_uncompiled_network(pl_module)
         self._sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
         state, self._restored = self._restored, None
         if state is None or not self._continue(state, network):
@@ -228,7 +222,7 @@ class ChannelPruning(pl.Callback):
             return
         if self._next_keep is None:
             self._next_keep = self._choose(trainer, pl_module, cut)
-        groups, kind, network = self._way.now, self.penalty.kind, _network(pl_module)
+        groups, kind, network = self._way.now, self.penalty.kind, find_uncompiled_network(pl_module)
         pull_in_step(trainer, optimizer, network, groups, self._next_keep, strength, kind)
 
     def on_train_batch_end(
@@ -362,40 +356,26 @@ class ChannelPruning(pl.Callback):
         point = self._clock.update_point(current_moment(trainer, pl_module, self.schedule.unit))
         if point is None or (self._last_point is not None and point <= self._last_point):
             return
-        network = _network(pl_module)
+        network = find_uncompiled_network(pl_module)
         ahead = self._next_keep
         keep = self._choose(trainer, pl_module, point) if ahead is None else ahead
         self._last_point, self._next_keep = point, None
         if not bool(keep.all()):
-            self._cut(trainer, pl_module, network, keep)
+            self._way.now = cut_and_mend(
+                trainer, pl_module, network, self._way.now, keep, self._training.inputs,
+                self.reconstruct, self.recalibrate_batch_norm,
+            )  # fmt: skip
             self._log(trainer, network)
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, point: int) -> Tensor:
         """The channels that stay once the schedule has reached ``point``; rank 0 decides."""
-        way, network = self._way, _network(pl_module)
+        way, network = self._way, find_uncompiled_network(pl_module)
         if self._last_point is None and self.goal.allocation == "global":
             ChannelWay(trainer, network, self._training, self.goal, self.importance).plan_again(way)
         scores = channel_scores(trainer, network, way.now, self.importance, self._training)
         keep = way.choose(self._clock.value(point, 0.0, 1.0), scores)
         agreed: Tensor = trainer.strategy.broadcast(keep, src=0)
         return agreed
-
-    def _cut(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, keep: Tensor
-    ) -> None:
-        groups = self._way.now
-        before = copy_network(network) if self.reconstruct else None
-        inputs = self._training.inputs
-
-        def mend() -> None:
-            with torch.compiler.set_stance("force_eager"):
-                if before is not None:
-                    done = reconstruct(network, before, groups, keep, inputs, run_network)
-                    rank_zero_info(f"{type(self).__name__}: new weights by least squares\n{done}")
-                if self.recalibrate_batch_norm:
-                    recalibrate_batch_norm(network, inputs, run_network)
-
-        self._way.now = cut_in_fit(trainer, pl_module, network, groups, keep, mend)
 
     def _log(self, trainer: pl.Trainer, network: nn.Module) -> None:
         metrics = measured_after_cut(network, self._way.now, self._training)
@@ -410,9 +390,3 @@ class ChannelPruning(pl.Callback):
         for wrapper in self._bound:
             wrapper.remove()
         self._bound.clear()
-
-
-def _network(pl_module: pl.LightningModule) -> nn.Module:
-    network = find_network(pl_module, None)
-    original: nn.Module = getattr(network, "_orig_mod", network)
-    return original

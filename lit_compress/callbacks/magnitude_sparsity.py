@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
+from lit_compress.callbacks._method_wrapping import Removable
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
     refuse_sharded_strategy,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_schedule
+from lit_compress.callbacks._searched import found_sparsities, refuse_layers, refuse_waiting_in_vain
 from lit_compress.callbacks._stage_order import Stage, StageSpan, check_stage_order
 from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
 from lit_compress.compress.layers import (
@@ -32,16 +34,13 @@ from lit_compress.compress.layers import (
 from lit_compress.compress.masked_weights import MaskedWeights
 from lit_compress.compress.patterns import parse_pattern
 from lit_compress.compress.schedules import Ramp, Schedule
-from lit_compress.compress.sparsity_target import Allocation, SparsityTarget
+from lit_compress.compress.sparsity_target import Allocation, FinalSparsity, SparsityTarget
+from lit_compress.search.search_result import SearchResult, Space
 
 __all__ = ["MagnitudeSparsity"]
 
 
-class Removable(Protocol):
-    """What was bound to a run and is to be taken off again."""
-
-    def remove(self) -> None:
-        """Undo the binding."""
+_LAYER_TYPES: tuple[LayerType, ...] = ("conv", "linear", "attention", "recurrent")
 
 
 class MagnitudeSparsity(pl.Callback):
@@ -65,7 +64,8 @@ class MagnitudeSparsity(pl.Callback):
     Args:
         final_sparsity: Zeros / weights at the end of the schedule, in [0, 1). Or a mapping from
             name patterns of layers (``*`` and ``?``) to the sparsity of each; the first pattern
-            that matches a layer counts, and layers that none matches stay dense.
+            that matches a layer counts, and layers that none matches stay dense. Or
+            ``"searched"``: what the ``RatioSearch`` listed before it finds.
         initial_sparsity: Zeros / weights at the begin of the schedule, in [0, final_sparsity].
         schedule: When the sparsity moves from initial to final.
         allocation: How a single ``final_sparsity`` is shared among layers: ``"uniform"`` (the
@@ -95,17 +95,18 @@ class MagnitudeSparsity(pl.Callback):
 
     changes_weights = True
     compression_stage: Stage = "sparsify"
+    searched_space: Space = "sparsity"
 
     def __init__(
         self,
-        final_sparsity: float | dict[str, float],
+        final_sparsity: FinalSparsity,
         initial_sparsity: float = 0.0,
         schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
         allocation: Allocation = "uniform",
         pattern: str = "unstructured",
         layers: Sequence[str] | None = None,
         ignored_layers: Sequence[str] | None = None,
-        layer_types: Sequence[LayerType] = ("conv", "linear", "attention", "recurrent"),
+        layer_types: Sequence[LayerType] = _LAYER_TYPES,
     ) -> None:
         super().__init__()
         self.target = SparsityTarget(
@@ -119,12 +120,17 @@ class MagnitudeSparsity(pl.Callback):
                 "final_sparsity is a mapping and layers is given too; the mapping's keys already "
                 "name the layers. Leave layers out."
             )
+        self._is_searched = self.target.waits_for_search
+        if self._is_searched:
+            same_types = tuple(layer_types) == _LAYER_TYPES
+            refuse_layers(layers, ignored_layers, None if same_types else layer_types)
         self.layers = layers if self.target.layers is None else self.target.layers
         self.ignored_layers = ignored_layers
         self.layer_types = layer_types
 
         self.ramp: Ramp | None = None
         self.selection: Selection | None = None
+        self._found: SearchResult | None = None
         self._weights: MaskedWeights | None = None
         self._last_point: int | None = None
         self._restored: dict[str, Any] | None = None
@@ -138,15 +144,20 @@ class MagnitudeSparsity(pl.Callback):
         if stage == "fit":
             self._restored = None  # evaluating a checkpoint leaves its state here
             refuse_sharded_strategy(trainer, type(self).__name__)
+            refuse_waiting_in_vain(trainer, self)
             check_stage_order(trainer, pl_module)
             self._bound.append(explain_unreadable_checkpoints(trainer))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights, fix the schedule, take over a checkpoint's masks, bind the hooks."""
         self._unbind()
+        if self._is_searched:
+            known = (self._restored or {}).get("searched")
+            final = known or found_sparsities(self._found, pl_module)
+            self.target = replace(self.target, final=final)
         self.selection = select_weights(
             pl_module,
-            layers=self.layers,
+            layers=self.layers if self.target.layers is None else self.target.layers,
             ignored_layers=self.ignored_layers,
             layer_types=self.layer_types,
             pattern=self.target.pattern,
@@ -215,9 +226,7 @@ class MagnitudeSparsity(pl.Callback):
         """Let go of optimizers and other callbacks."""
         self._unbind()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         """Let go of optimizers and other callbacks."""
         self._unbind()
 
@@ -258,11 +267,24 @@ class MagnitudeSparsity(pl.Callback):
             "last_point": self._last_point,
             "target": self._declared,
             "ramp": self._active_ramp.to_dict(),
+            # A run that is resumed may have cut the channels that these were made exact for.
+            "searched": self.target.final if self._is_searched else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the fit begins and the model's parameters are known."""
         self._restored = state_dict or None
+
+    # --- A search before it -----------------------------------------------------------------------
+
+    @property
+    def waits_for_search(self) -> bool:
+        """Whether ``final_sparsity="searched"``."""
+        return self._is_searched
+
+    def take_searched(self, result: SearchResult) -> None:
+        """Work with the sparsities that were found from now on."""
+        self._found = result
 
     # --- Details ----------------------------------------------------------------------------------
 
@@ -279,9 +301,7 @@ class MagnitudeSparsity(pl.Callback):
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """From the first mask to the last."""
         moments = self.ramp if resolved else self.schedule
-        if moments is None:
-            return None
-        return StageSpan(moments.begin, moments.end, self.schedule.unit)
+        return StageSpan(moments.begin, moments.end, self.schedule.unit) if moments else None
 
     @property
     def _active_weights(self) -> MaskedWeights:
@@ -361,7 +381,8 @@ class MagnitudeSparsity(pl.Callback):
             return
         scheduled = self.target.scheduled(ramp, point, weights.sizes)
         alone = trainer.world_size == 1
-        weights.update(scheduled.num_zeros, None if alone else partial(_rank_zero_decides, trainer))
+        agree = None if alone else lambda masks: trainer.strategy.broadcast(masks, src=0)
+        weights.update(scheduled.num_zeros, agree)
         for average in averaged_modules(trainer):
             self._mask_average(average)
         self._last_point = point
@@ -377,7 +398,3 @@ class MagnitudeSparsity(pl.Callback):
             metrics["sparsity/scheduled"] = scheduled
         metrics |= {f"sparsity/layer/{name}": value for name, value in self.sparsities.items()}
         tracking.log_metrics(trainer, metrics)
-
-
-def _rank_zero_decides(trainer: pl.Trainer, packed: dict[str, Tensor]) -> dict[str, Tensor]:
-    return trainer.strategy.broadcast(packed, src=0)

@@ -19,6 +19,13 @@ from lit_compress.callbacks._network_calls import find_network, is_compiled
 from lit_compress.callbacks._post_training_result import PostTrainingResult
 from lit_compress.callbacks._quantizers_in_fit import clustered_weights
 from lit_compress.callbacks._requirements import refuse_sharded_strategy, refuse_spawned_processes
+from lit_compress.callbacks._searched import (
+    SEARCHED,
+    LayerBits,
+    declared_bits,
+    found_bits,
+    refuse_waiting_in_vain,
+)
 from lit_compress.callbacks._stage_order import Stage, StageSpan, check_stage_order
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._training_sample import TrainingSample
@@ -40,6 +47,7 @@ from lit_compress.compress.quantization.stored import (
     quantization_records,
     take_quantization,
 )
+from lit_compress.search.search_result import SearchResult, Space
 
 __all__ = ["PostTrainingQuantization"]
 
@@ -72,7 +80,7 @@ class PostTrainingQuantization(pl.Callback):
         weight_bits: Bits of weights, 2 to 8, for the first three methods.
         activation_bits: Bits of activations, 2 to 8, for the first two.
         layer_bits: Bits of weights by name pattern of the layer, where they differ, for the first
-            three.
+            three; or ``"searched"``: what the ``RatioSearch`` listed before it finds.
         ranges: How ranges of activations come from the values seen, for ``"static"``: their least
             and greatest (``"minmax"``), these averaged over batches (``"moving_average"``), or from
             a histogram by least information lost (``"histogram"``), by a ``percentile`` or by
@@ -110,13 +118,14 @@ class PostTrainingQuantization(pl.Callback):
     """
 
     compression_stage: Stage = "quantize"
+    searched_space: Space = "bits"
 
     def __init__(
         self,
         method: PostTrainingMethod = "static",
         weight_bits: int = 8,
         activation_bits: int | None = 8,
-        layer_bits: dict[str, int] | None = None,
+        layer_bits: LayerBits | None = None,
         ranges: RangeKind = "mse",
         percentile: float = 99.99,
         corrections: Sequence[Correction] = (),
@@ -129,9 +138,12 @@ class PostTrainingQuantization(pl.Callback):
     ) -> None:
         super().__init__()
         self.scheme = PostTrainingScheme(
-            method, weight_bits, activation_bits, layer_bits or {}, ranges, percentile,
-            corrections, ignored_layers or (), fixed_point,
+            method, weight_bits, activation_bits, declared_bits(layer_bits, network), ranges,
+            percentile, corrections, ignored_layers or (), fixed_point,
         )  # fmt: skip
+        self._is_searched = layer_bits == SEARCHED
+        if self._is_searched:
+            replace(self.scheme, layer_bits={"*": weight_bits})  # refused by other methods
         if isinstance(num_calibration_batches, bool) or not (
             isinstance(num_calibration_batches, int) and num_calibration_batches >= 1
         ):
@@ -161,6 +173,7 @@ class PostTrainingQuantization(pl.Callback):
             refuse_sharded_strategy(trainer, name)
             refuse_spawned_processes(trainer, name)
             self._refuse_other_quantization(trainer)
+            refuse_waiting_in_vain(trainer, self)
             check_stage_order(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,6 +210,17 @@ class PostTrainingQuantization(pl.Callback):
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """The end of the run."""
         return None if resolved else StageSpan(1.0, 1.0)
+
+    # --- A search before it -----------------------------------------------------------------------
+
+    @property
+    def waits_for_search(self) -> bool:
+        """Whether ``layer_bits="searched"``."""
+        return self._is_searched
+
+    def take_searched(self, result: SearchResult) -> None:
+        """Work with the bits that were found from now on."""
+        self.scheme = replace(self.scheme, layer_bits=found_bits(result))
 
     # --- Details ----------------------------------------------------------------------------------
 

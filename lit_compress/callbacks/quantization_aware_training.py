@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_compress.callbacks._method_wrapping import Removable
 from lit_compress.callbacks._network_calls import find_network
 from lit_compress.callbacks._quantization_moments import QuantizationMoments
 from lit_compress.callbacks._quantized_training import QuantizedTraining
@@ -29,6 +31,13 @@ from lit_compress.callbacks._requirements import (
     refuse_sharded_strategy,
     refuse_spawned_processes,
 )
+from lit_compress.callbacks._searched import (
+    SEARCHED,
+    LayerBits,
+    declared_bits,
+    found_bits,
+    refuse_waiting_in_vain,
+)
 from lit_compress.callbacks._stage_order import (
     Stage,
     StageSpan,
@@ -38,12 +47,10 @@ from lit_compress.callbacks._stage_order import (
 from lit_compress.callbacks._structure_in_checkpoints import carry_structure
 from lit_compress.callbacks._training_sample import draw_batches
 from lit_compress.callbacks._weight_averages import AverageWatch, num_extra_epochs
-from lit_compress.compress.quantization.network import (
-    is_quantized,
-    quantized_network,
-)
+from lit_compress.compress.quantization.network import is_quantized, quantized_network
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 from lit_compress.compress.quantization.training_plan import Moment, QuantizationPlan
+from lit_compress.search.search_result import SearchResult, Space
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -78,7 +85,8 @@ class QuantizationAwareTraining(pl.Callback):
     Args:
         weight_bits: Bits of weights, 2 to 8.
         activation_bits: Bits of activations, 2 to 8; ``None`` leaves them in floating point.
-        layer_bits: Bits of weights by name pattern of the layer, where they differ.
+        layer_bits: Bits of weights by name pattern of the layer, where they differ; or
+            ``"searched"``: what the ``RatioSearch`` listed before it finds.
         ranges: ``"observed"``: weights by their greatest magnitude, activations by a moving average
             of what they reach. ``"learned"``: scales are trained with the weights, for few bits.
         begin: When rounding begins; a float is a fraction of the run, an int a number of steps or
@@ -117,12 +125,13 @@ class QuantizationAwareTraining(pl.Callback):
 
     changes_weights = True
     compression_stage: Stage = "quantize"
+    searched_space: Space = "bits"
 
     def __init__(
         self,
         weight_bits: int = 8,
         activation_bits: int | None = 8,
-        layer_bits: dict[str, int] | None = None,
+        layer_bits: LayerBits | None = None,
         ranges: Ranges = "observed",
         begin: Moment = 0.0,
         freeze_batch_norm: Moment | None = None,
@@ -139,15 +148,10 @@ class QuantizationAwareTraining(pl.Callback):
         if ranges not in get_args(Ranges):
             raise ValueError(f"ranges is {ranges!r}; choose 'observed' or 'learned'.")
         self.scheme = QuantizationScheme(
-            weight_bits,
-            activation_bits,
-            layer_bits or {},
-            "learned" if ranges == "learned" else "minmax",
-            ranges,
-            ignored_layers or (),
-            quantize_first_layer,
-            quantize_last_layer,
-        )
+            weight_bits, activation_bits, declared_bits(layer_bits, network),
+            "learned" if ranges == "learned" else "minmax", ranges,
+            ignored_layers or (), quantize_first_layer, quantize_last_layer,
+        )  # fmt: skip
         self.moments = QuantizationMoments(
             begin, freeze_batch_norm, freeze_ranges, initial_weight_bits, unit
         )
@@ -165,6 +169,7 @@ class QuantizationAwareTraining(pl.Callback):
             )
         self.num_calibration_batches = num_calibration_batches
         self.network = network
+        self._is_searched = layer_bits == SEARCHED
 
         self._training: QuantizedTraining | None = None
         self._resumes = False
@@ -182,6 +187,7 @@ class QuantizationAwareTraining(pl.Callback):
             self._training = self._restored = None  # evaluating a checkpoint leaves its state here
             refuse_sharded_strategy(trainer, type(self).__name__)
             refuse_spawned_processes(trainer, type(self).__name__)
+            refuse_waiting_in_vain(trainer, self)
             check_stage_order(trainer, pl_module)
             refuse_compiled_module(pl_module, type(self).__name__)
             self._bound.append(explain_unreadable_checkpoints(trainer))
@@ -324,6 +330,17 @@ class QuantizationAwareTraining(pl.Callback):
         """Keep the state until the fit begins."""
         self._restored = state_dict or None
 
+    # --- A search before it -----------------------------------------------------------------------
+
+    @property
+    def waits_for_search(self) -> bool:
+        """Whether ``layer_bits="searched"``."""
+        return self._is_searched
+
+    def take_searched(self, result: SearchResult) -> None:
+        """Work with the bits that were found from now on."""
+        self.scheme = replace(self.scheme, layer_bits=found_bits(result))
+
     # --- Details ----------------------------------------------------------------------------------
 
     def stage_span(self, resolved: bool) -> StageSpan | None:
@@ -340,12 +357,8 @@ class QuantizationAwareTraining(pl.Callback):
         return self._training
 
     def _with_plan(self, plan: QuantizationPlan) -> QuantizedTraining:
-        name, unit, num_batches = (
-            type(self).__name__,
-            self.moments.unit,
-            self.num_calibration_batches,
-        )
-        return QuantizedTraining(name, self.scheme, plan, unit, self.network, num_batches)
+        name, unit, batches = type(self).__name__, self.moments.unit, self.num_calibration_batches
+        return QuantizedTraining(name, self.scheme, plan, unit, self.network, batches)
 
     @property
     def _declared(self) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lit_compress.callbacks._network_calls import find_network
+from lit_compress.callbacks._network_calls import find_uncompiled_network
 from lit_compress.callbacks._requirements import refuse_sharded_strategy, refuse_spawned_processes
-from lit_compress.callbacks._resident_validation import ResidentValidation
+from lit_compress.callbacks._resident_validation import ResidentValidation, ValidationBatch
 from lit_compress.callbacks._search_candidates import (
     CandidateSpace,
     candidate_space,
@@ -26,7 +27,7 @@ from lit_compress.callbacks._search_report import SearchProgress, report_search
 from lit_compress.callbacks._search_scoring import ResidentScore, chosen_metric, scoring_batches
 from lit_compress.callbacks._searched import hand_over
 from lit_compress.callbacks._stage_order import refuse_quantized_network
-from lit_compress.callbacks._teacher import digest
+from lit_compress.callbacks._teacher import copy_network, digest
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.channels.goal import check_count
 from lit_compress.search.ddpg import DDPGSettings
@@ -141,6 +142,12 @@ class RatioSearch(pl.Callback):
         )  # fmt: skip
         self.target.check(space, reward_needs_budget=reward == "score")
         reward_function(reward, mode or "max")
+        if space == "bits" and isinstance(reward, str) and reward != "score":
+            raise ValueError(
+                f"reward is {reward!r}, and bits of weights change neither multiply-adds nor "
+                "parameters; give reward='score' with mean_weight_bits or target_size_bytes, or a "
+                "function."
+            )
         check_count("num_episodes", num_episodes)
         if tolerance is not None and not tolerance >= 0:
             raise ValueError(f"tolerance is {tolerance}, expected a loss of metric of at least 0.")
@@ -157,7 +164,7 @@ class RatioSearch(pl.Callback):
         self.folder = None if folder is None else Path(folder)
         self.seed = seed
         self.result: SearchResult | None = None
-        self._restored: str | None = None
+        self._restored: dict[str, Any] | None = None
 
     # --- The run ----------------------------------------------------------------------------------
 
@@ -170,9 +177,18 @@ class RatioSearch(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Search, or take what the run that is resumed had found; hand it over."""
-        if self._restored is not None:
-            self.result, self._restored = SearchResult.from_json(self._restored), None
+        state, self._restored = self._restored, None
+        if state is not None:
+            self.result = SearchResult.from_json(state["result"])
+            if state["declared"] != self._declared:
+                rank_zero_warn(
+                    f"{type(self).__name__}: the run that is resumed searched with other arguments "
+                    f"({state['declared']}), and what it found stays. To search anew, begin a new "
+                    "run from its weights."
+                )
         else:
+            # As it would be in a moment; random numbers of the user's own loader count as ever.
+            trainer.fit_loop.setup_data()
             with _undisturbed(pl_module):
                 self.result = self._search(trainer, pl_module)
         takers = hand_over(trainer, self.result)
@@ -181,30 +197,43 @@ class RatioSearch(pl.Callback):
 
     # --- Checkpoints ------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """Tells searches over different spaces in one Trainer apart."""
+        return self._generate_state_key(space=self.space)
+
     def state_dict(self) -> dict[str, Any]:
         """The result, so that a run that is resumed does not search again."""
-        found = self._restored if self.result is None else self.result.to_json()
-        return {} if found is None else {"result": found}
+        if self._restored is not None or self.result is None:
+            return self._restored or {}
+        return {"declared": self._declared, "result": self.result.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the result until the fit begins."""
-        self._restored = state_dict.get("result")
+        self._restored = state_dict or None
+
+    @property
+    def _declared(self) -> str:
+        """What is searched for, to recognise a checkpoint of the same search."""
+        reward = self.reward if isinstance(self.reward, str) else "a function"
+        words = f"{self.target}, reward {reward}, tolerance {self.tolerance}"
+        return f"{self.space}, {words}, {self.metric}, {self.candidates}"
 
     # --- The search -------------------------------------------------------------------------------
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SearchResult:
         refuse_quantized_network(pl_module, self)  # type: ignore[arg-type]
-        network = find_network(pl_module, None)
-        network = getattr(network, "_orig_mod", network)
+        network = find_uncompiled_network(pl_module)
         num_sample = max(self.candidates.num_calibration_batches, 1)
         batches = scoring_batches(trainer, self.scoring, num_sample)
         validation = ResidentValidation(pl_module, network, batches, trainer)
-        metric, mode = chosen_metric(self.metric, self.mode, tuple(validation(network)))
+        copied = copy_network(network)  # a score may change the memory format
+        metric, mode = chosen_metric(self.metric, self.mode, tuple(validation(copied)))
         score = ResidentScore(trainer, validation, metric, len(batches))
-        dense = score(network)
+        dense = score(copied)
 
         sample = TrainingSample(trainer, pl_module, network, num_sample)
-        setting = self._setting(network, len(batches))
+        setting = trainer.strategy.broadcast(self._setting(network, batches), src=0)
         folder = self._folder(trainer, setting)
         space = candidate_space(
             trainer, network, self.space, self.target, self.candidates, sample,
@@ -258,8 +287,10 @@ class RatioSearch(pl.Callback):
         few = [rules[0], rules[len(rules) // 2], rules[-1]]
         return score.agrees_in_bf16([space.network(proposal.choice) for proposal in few])
 
-    def _setting(self, network: nn.Module, num_batches: int) -> dict[str, str]:
+    def _setting(self, network: nn.Module, batches: Sequence[ValidationBatch]) -> dict[str, str]:
         """What the result depends on beside the problem, in words."""
+        leaves = [leaf for batch in batches for leaf in tree_leaves(batch.content)]
+        data = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         return {
             "network": type(network).__name__,
             "weights": digest(network.state_dict())[:16],
@@ -268,7 +299,8 @@ class RatioSearch(pl.Callback):
             "searcher": f"{self.searcher}, seed {self.seed}",
             "agent": str(self.agent),
             "candidates": str(self.candidates),
-            "scoring": f"{self.scoring}, {num_batches} batches",
+            "scoring": f"{self.scoring}, {len(batches)} batches",
+            "examples": digest(data)[:16],
         }
 
     def _folder(self, trainer: pl.Trainer, setting: dict[str, str]) -> Path:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._clustering_order import refuse_moving_masks
+from lit_compress.callbacks._method_wrapping import Removable
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,

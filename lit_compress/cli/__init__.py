@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "Write a model for a runtime, run the file there and compare it with torch.",
     "quantize": "Put a trained model on integers or in half precision, and validate it.",
     "analyze": "Cut each channel group alone, evaluate, and derive a plan.",
+    "search": "Find how much of each layer to keep under a budget.",
 }
 
 
@@ -95,6 +96,10 @@ def _load(command: str) -> Callable[[list[str]], object]:
         from lit_compress.cli.analyze import analyze
 
         return analyze
+    if command == "search":
+        from lit_compress.cli.search import search
+
+        return search
     from lit_compress.cli.training import CompressionCLI
 
     return lambda rest: CompressionCLI([command, *rest])

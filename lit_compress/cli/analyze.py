@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lit_compress.callbacks import tracking
@@ -23,12 +20,12 @@ from lit_compress.callbacks._resident_validation import ResidentValidation, reco
 from lit_compress.callbacks._search_scoring import chosen_metric
 from lit_compress.cli.analysis_options import analysis_parser, checked_ratios
 from lit_compress.cli.inspection import numbers
-from lit_compress.cli.subject import Subject, find_subject, quiet
+from lit_compress.cli.short_fits import filled_subject, traceless_trainer, tune
+from lit_compress.cli.subject import Subject, quiet
 from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.channels.importance import channel_importance
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.tracing import find_channel_groups
-from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint
 from lit_compress.measure.inputs import as_call, with_batch_size
 from lit_compress.search.sensitivity import planned_points, sensitivity_curves
 from lit_compress.search.sensitivity_result import Mode, SensitivityResult
@@ -58,13 +55,14 @@ def analyze(args: Sequence[str]) -> None:
     logger = None
     if options.wandb is not None:
         logger = WandbLogger(project=options.wandb, save_dir=options.output)
-    subject = filled_subject(options, "analyze")
+    shape = numbers(options.input_shape, "--input-shape") if options.input_shape else None
+    subject = filled_subject(options, "analyze", shape)
     network = subject.network
     ignored = [glob.strip() for glob in options.ignored_layers.split(",") if glob.strip()]
     groups = _channel_groups(subject, ignored)
     planned_points(groups, ratios)  # refuses what cannot be, before validation runs
 
-    trainer = traceless_trainer(options, limit_val_batches=options.limit_val_batches)
+    trainer = traceless_trainer(options.accelerator, limit_val_batches=options.limit_val_batches)
     with quiet():
         batches, dense = record_validation(trainer, subject.module, subject.data)
     device = trainer.strategy.root_device
@@ -76,7 +74,7 @@ def analyze(args: Sequence[str]) -> None:
     done = _interrupted(file, groups, setting, dense) if file.is_file() else None
 
     scores = channel_importance(network, groups, options.importance)
-    tune = _tuning(options, subject, validation, device) if options.tuning_steps else None
+    tune_copy = _tuning(options, subject, validation, device) if options.tuning_steps else None
 
     def look_at_baseline(result: SensitivityResult) -> None:
         _warn_of_other_numbers(result, dense)
@@ -88,7 +86,7 @@ def analyze(args: Sequence[str]) -> None:
     total = len(planned_points(groups, ratios))
     with _Progress(total, file, look_at_baseline) as progress, quiet():
         result = sensitivity_curves(
-            network, groups, scores, validation, ratios, tune, done, progress, setting
+            network, groups, scores, validation, ratios, tune_copy, done, progress, setting
         )
     plan = result.derive_plan(options.tolerance, metric, mode, round_to=options.round_to)
     _hand_over(result, plan, metric, Path(options.output), options.tolerance, logger)
@@ -115,12 +113,12 @@ def _tuning(
 ) -> Callable[[nn.Module], None]:
     """Trains as the module says, each copy with the same seed."""
 
-    def tune(network: nn.Module) -> None:
+    def tune_copy(network: nn.Module) -> None:
         module = validation.module_with(network)
-        tune_network(options, module, subject.data)
+        tune(module, subject, options.accelerator, options.tuning_steps)
         module.to(device)
 
-    return tune
+    return tune_copy
 
 
 # --- What it depends on ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from lit_compress.callbacks.distillation import Distillation
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
 from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lit_compress.callbacks.ratio_search import RatioSearch
 from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.cli import COMMANDS
 from lit_compress.cli.parsing import CommandParser
@@ -27,11 +28,12 @@ from lit_compress.compress.weight_files import read_checkpoint
 
 __all__ = ["NAMED_CALLBACKS", "CompressionCLI"]
 
-# In the order in which they stand in the Trainer: what watches the network comes before what
-# changes its weights, then what removes weights, sets them to zero, makes them equal and rounds
-# them. The user's own callbacks come between them and the summary.
+# In the order in which they stand in the Trainer: what watches the network, and what finds numbers
+# for others, comes before what changes its weights, then what removes weights, sets them to zero,
+# makes them equal and rounds them. The user's own callbacks come between them and the summary.
 NAMED_CALLBACKS: dict[str, type[Callback]] = {
     "distillation": Distillation,
+    "search": RatioSearch,
     "pruning": ChannelPruning,
     "sparsity": MagnitudeSparsity,
     "clustering": WeightClustering,

@@ -10,16 +10,17 @@ more than copying.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lit_compress.compress.batch_norm import recalibrate_batch_norm
 from lit_compress.compress.calibration import Forward
 from lit_compress.compress.channels.normal_equations import NormalEquations
-from lit_compress.compress.channels.reconstruction import _reason_to_leave, gather_equations
+from lit_compress.compress.channels.reconstruction import reason_to_leave, gather_equations
 from lit_compress.compress.layer_weights import layer_weights
 from lit_compress.compress.sparsity import magnitude_masks
 from lit_compress.compress.weight_cache import Rewritten, WeightCache
@@ -61,6 +62,8 @@ class SparseCopies:
         self._ridge = ridge
         self.equations: dict[str, NormalEquations] = {}
         self._solved = WeightCache(max_bytes)
+        self._batch_norm_batches: list[Any] = []
+        self._forward: Forward | None = None
 
     def gather(
         self,
@@ -68,6 +71,7 @@ class SparseCopies:
         forward: Forward,
         *,
         num_points: int = 10,
+        num_batch_norm_batches: int = 0,
         seed: int = 0,
     ) -> None:
         """Gather what least squares needs; without it, weights that stay keep their values.
@@ -76,16 +80,34 @@ class SparseCopies:
             batches: Calibration batches from training data.
             forward: Runs a network on one batch.
             num_points: Output positions looked at in each image and layer, at least 1.
+            num_batch_norm_batches: The first batches of these are kept, and the batch norm
+                statistics of each copy are computed anew on them; with 0 they stay those of the
+                dense network. Least squares shrinks outputs, layer after layer, so that with few
+                weights left new statistics decide whether a copy works at all.
             seed: For the positions.
 
         Raises:
-            ValueError: As :func:`~lit_compress.compress.channels.reconstruction.gather_equations`.
+            ValueError: If ``num_batch_norm_batches`` is negative, and as
+                :func:`~lit_compress.compress.channels.reconstruction.gather_equations`.
         """
-        layers = [name for name in self._weights if _reason_to_leave(self._network, name) is None]
+        if num_batch_norm_batches < 0:
+            raise ValueError(
+                f"num_batch_norm_batches is {num_batch_norm_batches}, expected at least 0."
+            )
+        first: list[Any] = []
+
+        def keeping_the_first() -> Iterator[Any]:
+            for batch in batches:
+                if len(first) < num_batch_norm_batches:
+                    first.append(batch)
+                yield batch
+
+        layers = [name for name in self._weights if reason_to_leave(self._network, name) is None]
         self.equations = gather_equations(
-            layers, self._network, batches, forward, num_points=num_points, seed=seed
+            layers, self._network, keeping_the_first(), forward, num_points=num_points, seed=seed
         )
         self._solved.clear()
+        self._batch_norm_batches, self._forward = first, forward
 
     def __call__(self, densities: Mapping[str, float]) -> nn.Module:
         """The network with some density of each layer.
@@ -105,6 +127,8 @@ class SparseCopies:
                     key = layer, num_zeros
                     new = self._solved.get(key, partial(self._rewritten, *key))
                     _write(sparse.get_submodule(layer), new)
+        if self._forward is not None and self._batch_norm_batches:
+            recalibrate_batch_norm(sparse, self._batch_norm_batches, self._forward)
         return sparse
 
     def _num_zeros(self, layer: str, density: float) -> int:

@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lit_compress.compress.patterns import NofM, SparsityPattern, Unstructured
 from lit_compress.compress.schedules import Ramp
 from lit_compress.compress.sparsity import allocate_zeros, check_sparsity
 
-__all__ = ["Allocation", "SparsityTarget"]
+__all__ = ["Allocation", "FinalSparsity", "SparsityTarget"]
 
-Allocation = Literal["uniform", "global", "heuristic"]
+Allocation: TypeAlias = Literal["uniform", "global", "heuristic"]
+FinalSparsity: TypeAlias = float | dict[str, float] | Literal["searched"]
+"""Of all layers, of each by name pattern, or what a search is to find."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class SparsityTarget:
 
     Attributes:
         final: Zeros / weights at the end, in [0, 1); or a mapping from name patterns of layers to
-            the sparsity of each, of which the first that matches a layer counts.
+            the sparsity of each, of which the first that matches a layer counts; or ``"searched"``
+            where a search is to find them: then a mapping has to take its place before
+            :meth:`scheduled`.
         initial: Zeros / weights at the begin, in [0, final].
         allocation: How a single ``final`` is shared among layers; see
             :func:`~lit_compress.compress.sparsity.allocate_zeros`.
@@ -33,7 +37,7 @@ class SparsityTarget:
         ValueError: If a value is out of range, or two of them disagree.
     """
 
-    final: float | Mapping[str, float]
+    final: float | Mapping[str, float] | Literal["searched"]
     initial: float = 0.0
     allocation: Allocation = "uniform"
     pattern: SparsityPattern = field(default_factory=Unstructured)
@@ -44,6 +48,8 @@ class SparsityTarget:
                 f"allocation is {self.allocation!r}, expected 'uniform', 'global' or 'heuristic'."
             )
         check_sparsity("initial_sparsity", self.initial)
+        if isinstance(self.final, str):
+            self._check_searched()
         if isinstance(self.final, Mapping):
             self._check_mapping(self.final)
         for name, final in self._finals():
@@ -61,6 +67,11 @@ class SparsityTarget:
         """The name patterns that a mapping holds; ``None`` for a single number."""
         return list(self.final) if isinstance(self.final, Mapping) else None
 
+    @property
+    def waits_for_search(self) -> bool:
+        """Whether the sparsities are still to be found."""
+        return self.final == "searched"
+
     def scheduled(self, ramp: Ramp, point: int, weights: Mapping[str, int]) -> Scheduled:
         """What is due at one moment.
 
@@ -72,6 +83,7 @@ class SparsityTarget:
         Returns:
             The sparsity that is due and the zeros that make it.
         """
+        assert not isinstance(self.final, str), "a mapping takes the place of 'searched' before"
         sparsity: float | dict[str, float]
         if isinstance(self.final, Mapping):
             sparsity = {
@@ -85,12 +97,25 @@ class SparsityTarget:
     def _finals(self) -> list[tuple[str, float]]:
         if isinstance(self.final, Mapping):
             return [(f"final_sparsity[{glob!r}]", value) for glob, value in self.final.items()]
-        return [("final_sparsity", self.final)]
+        return [] if isinstance(self.final, str) else [("final_sparsity", self.final)]
 
     @staticmethod
     def _final_of(name: str, finals: Mapping[str, float]) -> float:
         layer = name.rpartition(".")[0]
         return next(final for glob, final in finals.items() if fnmatchcase(layer, glob))
+
+    def _check_searched(self) -> None:
+        if self.final != "searched":
+            raise ValueError(
+                f"final_sparsity is {self.final!r}, expected a number in [0, 1), a mapping from "
+                "name patterns of layers to such numbers, or 'searched'."
+            )
+        if self.allocation != "uniform" or not isinstance(self.pattern, Unstructured):
+            raise ValueError(
+                "final_sparsity is 'searched', which finds single weights for each layer, and "
+                f"allocation={self.allocation!r} and the pattern {self.pattern} are given; leave "
+                "both out."
+            )
 
     def _check_mapping(self, final: Mapping[str, float]) -> None:
         if not final:

@@ -22,6 +22,7 @@ from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioPro
 __all__ = ["BitSpace", "quantizable_layers"]
 
 _BYTES_OF_A_SCALE = 4
+_NOT_QUANTIZED = (nn.Bilinear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class BitSpace:
@@ -105,7 +106,9 @@ class BitSpace:
         return fake_quantize(weight, scale, torch.zeros_like(scale), grid, axis=0), None
 
 
-def quantizable_layers(network: nn.Module, ignored_layers: Sequence[str] = ()) -> list[str]:
+def quantizable_layers(
+    network: nn.Module, ignored_layers: Sequence[str] | None = None
+) -> list[str]:
     """Layers whose bits can be searched: convolutions, depthwise ones too, and linear ones.
 
     Args:
@@ -119,6 +122,7 @@ def quantizable_layers(network: nn.Module, ignored_layers: Sequence[str] = ()) -
     Raises:
         ValueError: If a pattern matches no layer, or nothing is left.
     """
+    ignored_layers = ignored_layers or ()
     named: dict[int, str] = {}
     for name, module in network.named_modules():
         weight = module._parameters.get("weight")
@@ -142,9 +146,6 @@ def quantizable_layers(network: nn.Module, ignored_layers: Sequence[str] = ()) -
             "convolution or a linear layer that ignored_layers does not name."
         )
     return left
-
-
-_NOT_QUANTIZED = (nn.Bilinear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _costs(network: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Cost]:

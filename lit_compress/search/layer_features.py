@@ -26,13 +26,14 @@ def layer_features(
         multiply-adds, each scaled over the layers to [0, 1] (sizes by their logarithms); 0 where
         all are the same.
     """
-    raw = [_raw(network, name, layer_macs.get(name, 0)) for name in layers]
+    names = [layer.partition("#")[0] for layer in layers]
+    raw = [_raw(network, name, layer_macs.get(name, 0)) for name in names]
     columns = [_scaled(column) for column in zip(*raw, strict=True)]
     return [tuple(row) for row in zip(*columns, strict=True)]
 
 
 def _raw(network: nn.Module, name: str, macs: int) -> tuple[float, ...]:
-    module = dict(network.named_modules()).get(name.partition("#")[0])
+    module = dict(network.named_modules()).get(name)
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else (1, 1)
     inputs = shape[1] if len(shape) > 1 else 1

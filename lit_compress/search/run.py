@@ -247,8 +247,8 @@ def _restored(
         found = state.get("format") if isinstance(state, dict) else None
     except Exception as error:  # whatever a damaged archive raises
         raise ValueError(
-            f"{str(file)!r} cannot be read as the state of a search ({error}); remove it to begin "
-            "anew, or give another folder."
+            f"{str(file)!r} cannot be read as the state of a search ({type(error).__name__}); "
+            "remove it to begin anew, or give another folder."
         ) from error
     if found != _FORMAT:
         raise ValueError(

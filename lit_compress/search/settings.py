@@ -88,7 +88,7 @@ class SearchTarget:
             raise ValueError(
                 f"a search over {space} by its score alone needs a target, or keeping everything "
                 f"would win; give {' or '.join(fitting)}"
-                + ("." if space == "sparsity" else ", or reward='error_log_macs'.")
+                + (", or reward='error_log_macs'." if space == "channels" else ".")
             )
 
     def budget(self, full_costs: Mapping[str, float]) -> Budget | None:

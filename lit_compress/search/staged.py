@@ -1,12 +1,13 @@
 """A search in stages: each begins from the network that the stage before left, trained again.
 
-A network that loses nearly everything at once says little about which layers matter. So far targets
-are approached in steps (He et al. 2018, "AMC", section 4.1, prunes ResNet-50 in four): search, bring
+A network that loses nearly everything at once says little about which layers matter. So far-off
+targets are approached in steps, as He et al. 2018 ("AMC") prune ResNet-50 in four: search, bring
 the network to what was found, train it, search again.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -72,7 +73,7 @@ def stage_targets(last: SearchTarget, on_the_way: Sequence[float]) -> tuple[Sear
     (name,) = last.given
     values = [*on_the_way, getattr(last, name)]
     rising = name == "final_sparsity"
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         if not (after > before if rising else after < before):
             raise ValueError(
                 f"the stages' {name} are {', '.join(f'{value:g}' for value in values)}, the last "
@@ -115,4 +116,4 @@ def _target_now(target: SearchTarget, results: Sequence[SearchResult]) -> Search
             f"the stage of {name} {value:g} has nothing to remove: the one before it left "
             f"{ratio:.4f} already; give targets that are further apart."
         )
-    return replace(target, **{name: value / ratio})
+    return replace(target, **{name: value / ratio})  # type: ignore[arg-type]

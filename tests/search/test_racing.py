@@ -40,7 +40,9 @@ def given_up_after(candidate, incumbent):
 # --- Never by mistake -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("disagree", "gain"), [(0.02, 0.0), (0.2, 0.0), (0.02, 0.005), (0.2, 0.005)])
+@pytest.mark.parametrize(
+    ("disagree", "gain"), [(0.02, 0.0), (0.2, 0.0), (0.02, 0.005), (0.2, 0.005)]
+)
 def test_hardly_any_candidate_that_would_win_is_given_up(disagree, gain):
     """Each look errs once in 10,000 at most, there are 34, and many of them err together."""
     count = 1200

@@ -148,14 +148,14 @@ class NormalEquations:
         masked weight. Every output is a system of its own; all are solved together by conjugate
         gradients, preconditioned by the diagonal, at the cost of a product of ``W`` and ``X^T X``
         an iteration. The error falls in each iteration from that of the masked weight, so that
-        few of them never fit worse than none (Hestenes & Stiefel 1952, section 6).
+        few of them never fit worse than none (Hestenes & Stiefel 1952).
 
         Args:
             weight: Shape ``[num_outputs, num_inputs]``.
             bias: As in :meth:`solve`.
             mask: Bool, shaped as ``weight``, ``True`` where a weight is kept.
             ridge: As in :meth:`solve`.
-            num_iterations: At least 1. For convolutions 20 come within 1 % of the least error.
+            num_iterations: At least 1; 20 come close to the least error of convolutions.
 
         Returns:
             W, exactly 0 where the mask is ``False``, and b, shaped and typed as ``weight`` and

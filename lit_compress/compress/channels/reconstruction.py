@@ -33,6 +33,7 @@ __all__ = [
     "Reconstruction",
     "gather_equations",
     "layers_to_reconstruct",
+    "reason_to_leave",
     "reconstruct",
 ]
 
@@ -215,7 +216,7 @@ def layers_to_reconstruct(dense: nn.Module, groups: ChannelGroups) -> list[str]:
     readers = dict.fromkeys(
         axis.tensor.removesuffix(".weight") for axis in groups.axes if axis.role == "in"
     )
-    return [layer for layer in readers if _reason_to_leave(dense, layer) is None]
+    return [layer for layer in readers if reason_to_leave(dense, layer) is None]
 
 
 class _Gathering:
@@ -266,7 +267,7 @@ def _layers_to_solve(
 ) -> tuple[list[str], tuple[LeftAlone, ...]]:
     """The layers that get new weights, in forward order, and the others that lost inputs."""
     candidates = _layers_that_lost_inputs(groups, kept)
-    reasons = {layer: _reason_to_leave(dense, layer) for layer in candidates}
+    reasons = {layer: reason_to_leave(dense, layer) for layer in candidates}
     solvable = [layer for layer, reason in reasons.items() if reason is None]
     for layer in solvable:
         _check_slim(slim, dense, layer, kept)
@@ -284,7 +285,13 @@ def _layers_that_lost_inputs(groups: ChannelGroups, kept: KeptIndices) -> list[s
     ]
 
 
-def _reason_to_leave(model: nn.Module, layer: str) -> str | None:
+def reason_to_leave(model: nn.Module, layer: str) -> str | None:
+    """Why a layer cannot get new weights by least squares; ``None`` where it can.
+
+    Args:
+        model: The model.
+        layer: The layer's name.
+    """
     module = dict(model.named_modules(remove_duplicate=False)).get(layer)
     if module is None:
         return "is no weight of a convolution or linear layer"

@@ -129,9 +129,9 @@ class SlimCopies:
             self._solved.move_to_end(key)
             return self._solved[key]
         module = cast(Layer, self._network.get_submodule(layer))
-        dense = module.weight.detach().flatten(2) if module.weight.dim() > 2 else None
-        start = module.weight.detach()[:, inputs.to(module.weight.device)].flatten(1)
-        taps = 1 if dense is None else dense.shape[2]
+        dense = module.weight.detach()
+        start = dense[:, inputs.to(dense.device)].flatten(1)
+        taps = dense[0, 0].numel()
         columns = (inputs.unsqueeze(1) * taps + torch.arange(taps)).flatten()
         solved = equations.solve(start, module.bias, inputs=columns, ridge=self._ridge)
         size = sum(t.numel() * t.element_size() for t in solved if t is not None)
