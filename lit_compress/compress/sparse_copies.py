@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lit_compress.compress.batch_norm import recalibrate_batch_norm
 from lit_compress.compress.calibration import Forward
 from lit_compress.compress.channels.normal_equations import NormalEquations
-from lit_compress.compress.channels.reconstruction import reason_to_leave, gather_equations
+from lit_compress.compress.channels.reconstruction import gather_equations, reason_to_leave
 from lit_compress.compress.layer_weights import layer_weights
 from lit_compress.compress.sparsity import magnitude_masks
 from lit_compress.compress.weight_cache import Rewritten, WeightCache

@@ -66,8 +66,9 @@ class RestLatency:
         if len(known) == 1:
             return ms.expand(outputs.shape)
         below = (torch.searchsorted(known, outputs, right=True) - 1).clamp_(0, len(known) - 2)
-        part = (outputs - known[below]) / known.diff()[below]
-        return torch.lerp(ms[below], ms[below + 1], part.clamp_(0, 1))
+        part: Tensor = (outputs - known[below]) / known.diff()[below]
+        between: Tensor = torch.lerp(ms[below], ms[below + 1], part.clamp_(0, 1))
+        return between
 
 
 class LayerGrids:

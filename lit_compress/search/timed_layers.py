@@ -84,7 +84,8 @@ class LayerCall:
             first: Size of the weight's first dimension, a multiple of ``unit``.
             second: Size of its second dimension.
         """
-        layer = skip_init(self.kind, **self._arguments(first, second), device=self.device)
+        arguments = self._arguments(first, second)
+        layer: nn.Module = skip_init(self.kind, **arguments, device=self.device)  # type: ignore[no-untyped-call]
         layer = layer.to(self.dtype).eval()
         generator = torch.Generator(self.device).manual_seed(0)
         x = torch.empty(self._input_shape(layer), dtype=self.dtype, device=self.device)
@@ -116,7 +117,8 @@ class LayerCall:
         if isinstance(layer, _ConvNd):
             shape[-1 - len(layer.kernel_size)] = layer.in_channels
         else:
-            shape[-1] = int(layer.in_features)
+            assert isinstance(layer, nn.Linear)
+            shape[-1] = layer.in_features
         return tuple(shape)
 
 

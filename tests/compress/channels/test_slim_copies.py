@@ -1,6 +1,7 @@
 """Slim copies: the weights that cutting and reconstructing by hand give, made once."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_a_plan_that_keeps_all_gives_the_network_bit_for_bit(name):
 
 
 def test_least_squares_bring_outputs_nearer_to_the_dense_ones():
-    network, groups, copies = setting("plain")
+    network, _groups, copies = setting("plain")
     plan = ChannelPlan({"0.0": 6, "1.0": 9}, {"0.0": 8, "1.0": 12})
     fresh = images(5)
     with torch.no_grad():
@@ -188,13 +189,13 @@ def test_copies_are_nested():
     _, groups, copies = setting("plain")
     full = {g.name: g.num_channels for g in groups.groups}
     keeps = [copies.keep(ChannelPlan({"1.0": kept}, {"1.0": full["1.0"]})) for kept in (3, 5, 9)]
-    for fewer, more in zip(keeps, keeps[1:], strict=False):
+    for fewer, more in itertools.pairwise(keeps):
         assert bool((~fewer | more).all())
 
 
 def test_a_copy_can_be_trained_without_the_others():
     """Solved weights that are kept do not change when a copy does."""
-    _, groups, copies = setting("plain")
+    _, _groups, copies = setting("plain")
     copies.gather([images(1)], forward)
     plan = ChannelPlan({"0.0": 4}, {"0.0": 8})
     first = copies(plan)
