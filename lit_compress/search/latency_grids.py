@@ -62,13 +62,14 @@ class RestLatency:
         Returns:
             Milliseconds, float64, the same shape; never lower where more is made.
         """
-        known, ms = torch.tensor([self.outputs, self.ms], dtype=torch.float64)
+        known = torch.tensor(self.outputs, dtype=torch.float64)
+        ms = torch.tensor(self.ms, dtype=torch.float64)
         if len(known) == 1:
             return ms.expand(outputs.shape)
         below = (torch.searchsorted(known, outputs, right=True) - 1).clamp_(0, len(known) - 2)
-        part: Tensor = (outputs - known[below]) / known.diff()[below]
-        between: Tensor = torch.lerp(ms[below], ms[below + 1], part.clamp_(0, 1))
-        return between
+        steps = known[1:] - known[:-1]
+        part = ((outputs - known[below]) / steps[below]).clamp_(0, 1)
+        return torch.lerp(ms[below], ms[below + 1], part)
 
 
 class LayerGrids:

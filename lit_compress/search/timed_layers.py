@@ -85,7 +85,7 @@ class LayerCall:
             second: Size of its second dimension.
         """
         arguments = self._arguments(first, second)
-        layer: nn.Module = skip_init(self.kind, **arguments, device=self.device)  # type: ignore[no-untyped-call]
+        layer = skip_init(self.kind, **arguments, device=self.device)  # type: ignore[no-untyped-call]
         layer = layer.to(self.dtype).eval()
         generator = torch.Generator(self.device).manual_seed(0)
         x = torch.empty(self._input_shape(layer), dtype=self.dtype, device=self.device)

@@ -14,6 +14,8 @@ from lit_compress import CompressionReport, load_compressed
 from lit_compress.cli import main
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.quantization.network import is_quantized, quantized_network
+from lit_compress.search.latency_table import LatencyTable
+from lit_compress.search.search_result import SearchResult
 from lit_compress.tasks import ImageClassifier, build_model
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,7 @@ METHODS = {
     "ptq-static": "ptq", "ptq-dynamic": "ptq", "ptq-float16": "ptq", "qat": "quantization",
     "qat-late": "quantization", "qat-w4": "quantization", "clustering-16": "clustering",
     "sparse-int8": "sparsity", "cluster-int8": "clustering", "prune-int8": "pruning",
+    "search-channels": "search", "search-sparsity": "search",
 }  # fmt: skip
 COMMAND = re.compile(r"# (lit-compress .+)")
 
@@ -52,8 +55,11 @@ def made_small(command: tuple[str, ...]) -> list[str]:
         return [*command, "--trainer.max_epochs=2", "--summary.latency=false"]
     if str(small) in command:
         return [*command]
+    files = ["--config", str(small)]
+    if any(word.endswith(".yaml") and "\nsearch:" in Path(word).read_text() for word in command):
+        files += ["--config", str(small.with_name("small-search.yaml"))]
     # After the last file, before what the command sets itself.
-    return [*command[: last + 1], "--config", str(small), *command[last + 1 :]]
+    return [*command[: last + 1], *files, *command[last + 1 :]]
 
 
 def test_recipes_are_found():
@@ -73,8 +79,30 @@ def layers_of(command):
     return "+".join(Path(word).stem for word in command if word.endswith(".yaml"))
 
 
+@pytest.fixture
+def latency_by_size(monkeypatch):
+    """Latency tables that do not depend on what else the machine does."""
+    measure = LatencyTable.measure
+
+    def by_size(groups, network, run, *, cache=None):
+        running = []
+
+        def time_call(call, x):
+            call(x)
+            timed = call if isinstance(call, torch.nn.Module) else running[-1]
+            return sum(parameter.numel() for parameter in timed.parameters()) / 2e5
+
+        def recorded(candidate):
+            running.append(candidate)
+            return run(candidate)
+
+        return measure(groups, network, recorded, cache=cache, time_call=time_call)
+
+    monkeypatch.setattr(LatencyTable, "measure", by_size)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=layers_of)
-def test_recipe_runs(command):
+def test_recipe_runs(command, latency_by_size):
     command = made_small(command)
     if needs_assets(command) and not os.environ.get("LIT_COMPRESS_ASSETS"):
         pytest.skip("LIT_COMPRESS_ASSETS names no folder of assets")
@@ -84,23 +112,41 @@ def test_recipe_runs(command):
     report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
     assert report.dense.sparsity < 0.01
     assert any(config[name] for name in ("sparsity", "pruning", "clustering", *NUMBERS))
+    found = check_search(config["search"]) if config["search"] else None
     if config["sparsity"]:
-        target = config["sparsity"]["final_sparsity"]
+        declared = config["search"] if found else config["sparsity"]
+        target = declared["final_sparsity"]
         # The report counts depthwise weights too, which are left dense.
         assert target - 0.03 < report.compressed.sparsity <= target + 1e-4
     if config["pruning"]:
         assert report.compressed.num_params < report.dense.num_params
-        check_channels(config, report, last_checkpoint())
+        check_channels(config, report, last_checkpoint(), found)
     if config["clustering"]:
         check_clusters(config)
     if any(config[name] for name in NUMBERS):
-        check_numbers(config)
+        check_numbers(config, found)
 
 
 def last_checkpoint():
     # The packed file, for its size, lies beside the report.
     found = [path for path in Path.cwd().rglob("*.ckpt") if path.name != "packed.ckpt"]
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def check_search(declared):
+    """The search has met its budget in every episode, and wrote what later runs take."""
+    (file,) = Path.cwd().rglob("search.json")
+    found = SearchResult.load(file)
+    assert len(found.episodes) == declared["num_episodes"] == 3
+    assert found.num_failed == 0
+    if found.budget is None:
+        assert declared["reward"] == "error_log_macs"
+        return found
+    cost, limit = found.budget
+    assert all(episode.costs[cost] <= limit for episode in found.episodes)
+    solutions = {"channels": "plan", "sparsity": "sparsities", "bits": "layer_bits"}
+    assert (file.parent / f"{solutions[found.space]}.json").is_file()
+    return found
 
 
 def check_clusters(config):
@@ -112,8 +158,8 @@ def check_clusters(config):
     assert all(len(weight.unique()) <= most for weight in layers)
 
 
-def check_numbers(config):
-    """The model that comes back has weights of the bits that the recipe declares."""
+def check_numbers(config, found):
+    """The model that comes back has weights of the bits that were declared, or found."""
     declared = config["quantization"] or config["ptq"]
     model = load_compressed(last_checkpoint(), ImageClassifier).model
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
@@ -122,18 +168,25 @@ def check_numbers(config):
         return
     assert is_quantized(model)
     quantizers = quantized_network(model).weights
-    assert {q.grid.bits for q in quantizers.values()} == {declared["weight_bits"]}
+    bits = dict.fromkeys(quantizers, declared["weight_bits"]) | (found.layer_bits if found else {})
+    assert {name: q.grid.bits for name, q in quantizers.items()} == bits
     assert len(quantizers) == len(layers)
 
 
-def check_channels(config, report, checkpoint):
-    """The slim model costs, or has as many channels as, what the recipe declares."""
+def check_channels(config, report, checkpoint, found):
+    """The slim model costs, or has as many channels as, what was declared, or found."""
     pruning = config["pruning"]
     slim = load_compressed(checkpoint, ImageClassifier).model
     assert sum(parameter.numel() for parameter in slim.parameters()) == report.compressed.num_params
     target, ratios = pruning["target_macs_ratio"], pruning["pruning_ratio"]
     if target is not None:
         assert 0.99 * target <= report.compressed.macs / report.dense.macs <= target
+        return
+    if found:
+        images = torch.zeros(2, 3, 32, 32)
+        groups = find_channel_groups(slim, lambda m: m(images)).groups
+        assert {group.name: group.num_channels for group in groups} == found.plan.kept
+        assert report.compressed.macs == found.best_episode.costs["macs"]
         return
     dense = build_model(config["model"]["init_args"]["model"])
     images = torch.zeros(2, 3, 32, 32)
