@@ -7,6 +7,7 @@ from lit_compress.callbacks.loading import load_compressed
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
 from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lit_compress.callbacks.ratio_search import RatioSearch
 from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.compress.channels.penalty import ChannelPenalty
 from lit_compress.compress.channels.plan import ChannelPlan
@@ -19,20 +20,28 @@ from lit_compress.measure import (
     measure_latency,
     measure_model,
 )
+from lit_compress.search.ddpg import DDPGSettings
+from lit_compress.search.search_result import SearchResult
+from lit_compress.search.settings import CandidateSettings, ScoringSettings
 
 __all__ = [
+    "CandidateSettings",
     "ChannelPenalty",
     "ChannelPlan",
     "ChannelPruning",
     "CompressionReport",
     "CompressionSummary",
+    "DDPGSettings",
     "Distillation",
     "FeatureMatching",
     "MagnitudeSparsity",
     "ModelMeasures",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "RatioSearch",
     "Schedule",
+    "ScoringSettings",
+    "SearchResult",
     "WeightClustering",
     "compare_latency",
     "count_macs",

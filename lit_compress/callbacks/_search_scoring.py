@@ -64,10 +64,10 @@ class ResidentScore:
         """Score a network; where ``give_up`` says so, by the batches so far."""
         running: list[float] = []
         seen: list[int] = []
-        examples = 0
+        examples, given_up = 0, False
 
         def after(metrics: Mapping[str, float], batch: ValidationBatch) -> bool:
-            nonlocal examples
+            nonlocal examples, given_up
             if self._metric not in metrics:  # it is logged when the epoch ends
                 return False
             examples += extract_batch_size(batch.content)
@@ -75,7 +75,8 @@ class ResidentScore:
             running.append(value)
             seen.append(count)
             is_last = len(running) >= self._num_batches
-            return give_up is not None and not is_last and give_up(running, seen)
+            given_up = give_up is not None and not is_last and give_up(running, seen)
+            return given_up
 
         device = self._trainer.strategy.root_device.type
         bf16 = torch.autocast(device, torch.bfloat16) if self.in_bf16 else nullcontext()
@@ -94,8 +95,7 @@ class ResidentScore:
             raise
         value, _ = self._of_all_processes(values[self._metric], 1)
         if running:
-            complete = len(running) >= self._num_batches
-            return Scored(running[-1], tuple(running), tuple(seen), complete)
+            return Scored(running[-1], tuple(running), tuple(seen), complete=not given_up)
         return Scored(value)
 
     def agrees_in_bf16(self, networks: Sequence[nn.Module]) -> bool:

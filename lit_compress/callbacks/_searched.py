@@ -142,10 +142,15 @@ def declared_bits(layer_bits: LayerBits | None, network: str | None) -> dict[str
         network: The user's name of the network that is quantized, if any.
 
     Raises:
-        ValueError: If they are to be searched and a network is named.
+        ValueError: If they are another word, or to be searched and a network is named.
     """
-    if layer_bits != SEARCHED:
-        return layer_bits or {}  # type: ignore[return-value]  # the scheme checks it
+    if isinstance(layer_bits, str) and layer_bits != SEARCHED:
+        raise ValueError(
+            f"layer_bits is {layer_bits!r}; give a mapping from name patterns to bits, as in "
+            f"{{'layer4.*': 4}}, or {SEARCHED!r}."
+        )
+    if not isinstance(layer_bits, str):
+        return layer_bits or {}
     if network is not None:
         raise ValueError(
             f"layer_bits is {SEARCHED!r} and network is {network!r}; the search has the bits of "

@@ -12,7 +12,7 @@ from lit_compress.cli import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAINING = ("fit", "validate", "test", "predict")
-LOOKING = ("report", "benchmark", "analyze", "export", "quantize")
+LOOKING = ("report", "benchmark", "analyze", "export", "quantize", "search")
 
 
 def check_commands(example):
