@@ -38,7 +38,6 @@ from typing import Any, TypeAlias
 import ratio_search_quick
 import ratio_search_runs
 import ratio_search_training
-import sparsity_distillation
 import torch
 from ratio_search_bars import bars, search_of
 from ratio_search_runs import Search
@@ -211,7 +210,7 @@ def be_quiet() -> None:
 
 def check(results: dict[str, Any], say: Callable[[str], object] = print) -> int:
     """Print each bar with its value; return how many do not hold."""
-    found = bars(results, sparsity_distillation.read_results())
+    found = bars(results)
     for bar in found:
         say(str(bar))
     num_missed = sum(not bar.holds for bar in found)

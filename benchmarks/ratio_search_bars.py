@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
-from sparsity_distillation import scores as committed_scores
-
 SEEDS = (1, 2, 3)
 CASES = (("mobilenet_v1", 0.5), ("mobilenet_v1", 0.35), ("plain20", 0.5))
 """Networks, and their multiply-adds kept ÷ dense."""
@@ -76,16 +74,15 @@ class Bar:
         return f"{self.verdict:12} {self.what}: {numbers}"
 
 
-def bars(results: dict[str, Any], committed: dict[str, Any]) -> list[Bar]:
+def bars(results: dict[str, Any]) -> list[Bar]:
     """All bars of the study.
 
     Args:
         results: Of the study, complete or not.
-        committed: Of ``sparsity_distillation.py``.
     """
     found = [bar for case in CASES for seed in SEEDS for bar in search_bars(results, *case, seed)]
     found += [tuning_bar(results, *case) for case in TUNED_CASES]
-    return found + [bar for level in SPARSITIES for bar in sparsity_bars(results, committed, level)]
+    return found + [bar for level in SPARSITIES for bar in sparsity_bars(results, level)]
 
 
 # --- The searches ---------------------------------------------------------------------------------
@@ -163,55 +160,26 @@ def tuning_bar(results: dict[str, Any], model: str, target: float) -> Bar:
     return Bar(what, searched, "at least", uniform, 2)
 
 
-def sparse_means(
-    results: dict[str, Any], committed: dict[str, Any], level: float
-) -> tuple[str, dict[str, float]]:
-    """Means over the seeds of one level, and which allocation they are compared with.
-
-    Where the uniform runs of this study are complete, it is these; otherwise the runs of
-    ``sparsity_distillation.py``, which compare magnitudes across layers.
-    """
-    runs = results["sparse"]
-    means = {
-        method: mean_of_seeds(top1s(runs, target=level, method=method))
+def sparse_means(results: dict[str, Any], level: float) -> dict[str, float]:
+    """Means over the seeds of the runs at one level, by method; NaN where some are missing."""
+    return {
+        method: mean_of_seeds(top1s(results["sparse"], target=level, method=method))
         for method in ("searched+distillation", "uniform+distillation", "uniform")
     }
-    if not math.isnan(means["uniform"] + means["uniform+distillation"]):
-        return "uniform", {
-            "searched+distillation": means["searched+distillation"],
-            "distillation": means["uniform+distillation"],
-            "alone": means["uniform"],
-        }
-    with_, without = (
-        mean_of_seeds(committed_scores(committed, method, level))
-        for method in ("sparsity+distillation", "sparsity")
-    )
-    return committed["settings"]["allocation"], {
-        "searched+distillation": means["searched+distillation"],
-        "distillation": with_,
-        "alone": without,
-    }
 
 
-def sparsity_bars(
-    results: dict[str, Any], committed: dict[str, Any], level: float
-) -> tuple[Bar, Bar]:
-    """Searched with distillation, at least the rule's with distillation, at least the rule's."""
-    rule, means = sparse_means(results, committed, level)
+def sparsity_bars(results: dict[str, Any], level: float) -> tuple[Bar, Bar]:
+    """Searched with distillation, at least uniform with distillation, at least uniform."""
+    means = sparse_means(results, level)
     case = f"resnet20 at {100 * level:g} % zeros: mean test top-1 of"
+    searched, distilled, alone = means.values()
     return (
         Bar(
-            f"{case} searched + distillation, {rule} + distillation",
-            means["searched+distillation"],
+            f"{case} searched + distillation, uniform + distillation",
+            searched,
             "at least",
-            means["distillation"],
+            distilled,
             2,
         ),
-        Bar(
-            f"{case} {rule} + distillation, {rule}",
-            means["distillation"],
-            "at least",
-            means["alone"],
-            2,
-        ),
+        Bar(f"{case} uniform + distillation, uniform", distilled, "at least", alone, 2),
     )

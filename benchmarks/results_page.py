@@ -36,7 +36,7 @@ def page() -> str:
     sections.append(channel_families.section())
     if ratio_search.RESULTS.exists():
         found = ratio_search.read_results(ratio_search.RESULTS)
-        sections.append(ratio_search_tables.section(found, sparsity_distillation.read_results()))
+        sections.append(ratio_search_tables.section(found))
     if quantization_accuracy.RESULTS.exists():
         sections.append(quantization_accuracy.section())
     if quantization_corrections.RESULTS.exists():
@@ -185,15 +185,21 @@ JSON: [`results/channel_pruning.json`](results/channel_pruning.json); made by
 def corrections(results: dict[str, Any]) -> str:
     """What corrections and ranges do after training."""
     settings = results["settings"]
+    seeds = quantization_corrections.complete_seeds(results)
+    others = sorted({p["seed"] for p in results["points"]} - set(seeds))
+    left_out = (
+        f"\nLeft out, as points of it are missing: seed {', '.join(map(str, others))}."
+        if others
+        else ""
+    )
     return f"""## Corrections for few bits
 
 Top-1 in percent on {settings["test_images"]:,} of the CIFAR-10 (JPEG) test images after
 post-training quantization; mean ± standard deviation over
-{len(quantization_corrections.complete_seeds(results))} seeds, which choose \
-{settings["num_calibration_batches"]} calibration batches of
-{settings["batch_size"]} training images. w4a8 is 4-bit weights and 8-bit activations. A dash was
-not run: AdaRound was left to few bits for weights alone, which is what it rounds. Seconds are of
-one processor core.
+{len(seeds)} seeds, which choose {settings["num_calibration_batches"]} calibration batches of
+{settings["batch_size"]} training images. w4a8 is 4-bit weights and 8-bit activations. A dash was not
+run: AdaRound was left to few bits for weights alone, which is what it rounds. Seconds are of one
+processor core.{left_out}
 
 {quantization_corrections.table(results)}
 

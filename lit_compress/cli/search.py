@@ -24,6 +24,9 @@ from lit_compress.search.staged import plan_of_stages, search_in_stages
 
 __all__ = ["search"]
 
+_FILES = (
+    "search.json", "plan.json", "sparsities.json", "layer_bits.json", "search.png", "tuned.ckpt",
+)  # fmt: skip
 _AT_ONCE = Schedule("constant", begin=0, end=0, update_every=1)
 
 
@@ -89,8 +92,8 @@ def _tell_files(result: SearchResult, folder: Path) -> None:
             result.plot(picture)
         except ModuleNotFoundError as error:
             print(f"lit-compress search: warning: {error}", file=sys.stderr)
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".png", ".ckpt"))
-    print(f"\nWritten: {', '.join(map(str, files))}")
+    files = [folder / name for name in _FILES]
+    print(f"\nWritten: {', '.join(str(file) for file in files if file.is_file())}")
 
 
 class _StagedSearch:

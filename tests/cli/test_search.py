@@ -47,7 +47,10 @@ def test_search_of_a_run(capsys, checkpoint):
     assert ChannelPlan.load("ratio_search/plan.json") == result.plan
     assert Path("ratio_search/search.png").read_bytes()[:4] == b"\x89PNG"
     assert str(result) in printed
-    assert "Written: ratio_search/plan.json, ratio_search/search.json" in printed
+    assert (
+        "Written: ratio_search/search.json, ratio_search/plan.json, ratio_search/search.png"
+        in printed
+    )
     # A fit of no epochs leaves nothing else behind.
     assert {path.name for path in Path().iterdir()} == {"ratio_search"}
 
