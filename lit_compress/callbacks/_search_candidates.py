@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from lit_compress.compress.channels.normal_equations import NormalEquations
 from lit_compress.compress.channels.slim_copies import SlimCopies
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.sparse_copies import SparseCopies
-from lit_compress.measure import layer_complexity
+from lit_compress.measure import layer_complexity, measure_latency
 from lit_compress.search.bit_space import BitSpace, quantizable_layers
 from lit_compress.search.channel_space import ChannelSpace
 from lit_compress.search.latency_table import LatencyTable
@@ -28,7 +29,7 @@ from lit_compress.search.search_result import Space
 from lit_compress.search.settings import CandidateSettings, SearchTarget
 from lit_compress.search.sparsity_space import SparsitySpace, sparse_layers
 
-__all__ = ["CandidateSpace", "candidate_space", "latency_file"]
+__all__ = ["CandidateSpace", "candidate_space", "latency_file", "measured_latency_ms"]
 
 _BATCH_NORM_BATCHES = 1
 """Of sparse candidates: with few weights left, old statistics leave nothing to choose from."""
@@ -101,6 +102,20 @@ def candidate_space(
 def latency_file(folder: Path) -> Path:
     """Where latencies measured on this and other machines are kept."""
     return folder / "latency.json"
+
+
+def measured_latency_ms(network: nn.Module, sample: TrainingSample) -> float:
+    """Milliseconds of one example, measured on the whole network: a table of layers only tells.
+
+    Args:
+        network: The network of a choice.
+        sample: Says what it is called with.
+
+    Returns:
+        The median; NaN where it is called with positional and with keyword arguments.
+    """
+    example = sample.inputs[0].as_example()
+    return math.nan if example is None else measure_latency(network, example)[0].median_ms
 
 
 def _channels(

@@ -122,8 +122,8 @@ class MagnitudeSparsity(pl.Callback):
             )
         self._is_searched = self.target.waits_for_search
         if self._is_searched:
-            same_types = tuple(layer_types) == _LAYER_TYPES
-            refuse_layers(layers, ignored_layers, None if same_types else layer_types)
+            other_types = None if tuple(layer_types) == _LAYER_TYPES else layer_types
+            refuse_layers(layers, ignored_layers, other_types)
         self.layers = layers if self.target.layers is None else self.target.layers
         self.ignored_layers = ignored_layers
         self.layer_types = layer_types
@@ -356,9 +356,8 @@ class MagnitudeSparsity(pl.Callback):
         for optimizer in trainer.optimizers:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             names = [name_of[id(p)] for p in params if id(p) in name_of]
-            self._bound.append(
-                optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
-            )
+            handle = optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
+            self._bound.append(handle)
         self._bound.append(AverageWatch(trainer, self._mask_average))
         self._masks_steps = True
 

@@ -22,6 +22,7 @@ from lit_compress.callbacks._search_candidates import (
     CandidateSpace,
     candidate_space,
     latency_file,
+    measured_latency_ms,
 )
 from lit_compress.callbacks._search_report import SearchProgress, report_search
 from lit_compress.callbacks._search_scoring import ResidentScore, chosen_metric, scoring_batches
@@ -224,7 +225,9 @@ class RatioSearch(pl.Callback):
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SearchResult:
         refuse_quantized_network(pl_module, self)  # type: ignore[arg-type]
         network = find_uncompiled_network(pl_module)
-        num_sample = max(self.candidates.num_calibration_batches, 1)
+        # Where training data are few, at least as many are left to score on.
+        half = int(min(trainer.num_training_batches, 2**31)) // 2
+        num_sample = max(min(self.candidates.num_calibration_batches, half), 1)
         batches = scoring_batches(trainer, self.scoring, num_sample)
         validation = ResidentValidation(pl_module, network, batches, trainer)
         copied = copy_network(network)  # a score may change the memory format
@@ -237,14 +240,14 @@ class RatioSearch(pl.Callback):
         folder = self._folder(trainer, setting)
         space = candidate_space(
             trainer, network, self.space, self.target, self.candidates, sample,
-            latency_file(folder.parent),
+            latency_file(folder if self.folder is not None else folder.parent),
         )  # fmt: skip
         problem = space.problem(self.target.budget(_full_costs(space)))
         task = SearchTask(
             self.space, problem, metric, mode, dense.value, self.reward, self.tolerance, setting
         )
         rules = rules_of_thumb(problem)
-        score.in_bf16 = self._in_bf16(score, space, rules)
+        score.in_bf16 = self._in_bf16(trainer, score, space, rules, folder)
         exact = ResidentScore(trainer, validation, metric, len(batches))
         evaluate = Evaluator(
             space.network, score, mode, race=self.scoring.race and self.reward == "score"
@@ -264,7 +267,12 @@ class RatioSearch(pl.Callback):
             )
         finally:
             progress.close()
-        result.best_episode  # noqa: B018 (raises where none finished, with the last failure)
+        winner = result.best_episode  # raises where none finished, with the last failure
+        if self.target.target_latency_ms is not None:
+            found = measured_latency_ms(space.network(winner.choice), sample)
+            result = replace(
+                result, setting={**result.setting, "winner measured": f"{found:.4g} ms"}
+            )
         report_search(trainer, result, folder)
         return result
 
@@ -281,11 +289,27 @@ class RatioSearch(pl.Callback):
         settings = replace(self.agent, learning_starts=starts)
         return DDPGSearcher(problem, settings, self.seed, rules[: max(starts, 1)])
 
-    def _in_bf16(self, score: ResidentScore, space: CandidateSpace, rules: list[Proposal]) -> bool:
+    def _in_bf16(
+        self,
+        trainer: pl.Trainer,
+        score: ResidentScore,
+        space: CandidateSpace,
+        rules: list[Proposal],
+        folder: Path,
+    ) -> bool:
+        """Decided once for a search: scores of one that goes on must compare with those it has."""
         if self.scoring.precision != "auto":
             return self.scoring.precision == "bf16"
-        few = [rules[0], rules[len(rules) // 2], rules[-1]]
-        return score.agrees_in_bf16([space.network(proposal.choice) for proposal in few])
+        file = folder / "precision.txt"
+        decided = trainer.strategy.broadcast(file.read_text() if file.is_file() else "", src=0)
+        if decided not in ("bf16", "trainer"):
+            few = [rules[0], rules[len(rules) // 2], rules[-1]]
+            agrees = score.agrees_in_bf16([space.network(proposal.choice) for proposal in few])
+            decided = "bf16" if agrees else "trainer"
+            if trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+                file.write_text(decided)
+        return bool(decided == "bf16")
 
     def _setting(self, network: nn.Module, batches: Sequence[ValidationBatch]) -> dict[str, str]:
         """What the result depends on beside the problem, in words."""

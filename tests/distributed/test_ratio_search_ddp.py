@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_compress import ChannelPruning, MagnitudeSparsity
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings
-from tests.callbacks.search_fits import Small, episodes, fit, loader, search
+from tests.callbacks.search_fits import Small, episodes, fit, images, loader, search
 from tests.distributed.launch import report, run_in_two_processes
 
 CHECKS = ["one result", "one network", "work is shared", "one failure of all", "sparsity", "again"]
@@ -43,9 +44,11 @@ class FailsInOne(Small):
             raise RuntimeError("at the end")
 
 
-def in_two(*callbacks, batch_size=8, **settings):
-    data = loader(batch_size=batch_size, shuffle=False)
-    return fit(*callbacks, data=data, strategy="ddp", devices=2, **settings)
+def in_two(*callbacks, **settings):
+    every_other = DistributedSampler(images(), 2, int(os.environ["RANK"]), shuffle=False)
+    data = DataLoader(images(), 8, sampler=every_other)
+    settings |= {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    return fit(*callbacks, data=data, **settings)
 
 
 def alike(run, value):
