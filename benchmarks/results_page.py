@@ -197,9 +197,9 @@ def corrections(results: dict[str, Any]) -> str:
 Top-1 in percent on {settings["test_images"]:,} of the CIFAR-10 (JPEG) test images after
 post-training quantization; mean ± standard deviation over
 {len(seeds)} seeds, which choose {settings["num_calibration_batches"]} calibration batches of
-{settings["batch_size"]} training images. w4a8 is 4-bit weights and 8-bit activations. A dash was not
-run: AdaRound was left to few bits for weights alone, which is what it rounds. Seconds are of one
-processor core.{left_out}
+{settings["batch_size"]} training images. w4a8 is 4-bit weights and 8-bit activations. A dash was
+not run: AdaRound was left to few bits for weights alone, which is what it rounds. Seconds are of
+one processor core.{left_out}
 
 {quantization_corrections.table(results)}
 

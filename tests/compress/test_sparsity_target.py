@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,3 +61,29 @@ def test_bad_targets_are_refused(arguments, message):
 
 def test_blocks_may_be_of_any_sparsity():
     assert SparsityTarget(0.4, pattern=Block(4, 1)).final == 0.4
+
+
+def test_sparsities_that_a_search_finds_take_the_place_of_the_word():
+    target = SparsityTarget("searched")
+    assert target.waits_for_search
+    assert target.layers is None
+    found = replace(target, final={"a": 0.5, "b": 0.25})
+    assert not found.waits_for_search
+    ramp = Ramp("constant", 0, 0, 1)
+    assert found.scheduled(ramp, 0, {"a.weight": 8, "b.weight": 8}).num_zeros == {
+        "a.weight": 4,
+        "b.weight": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"final": "search"}, "final_sparsity is 'search', expected a number"),
+        ({"final": "searched", "allocation": "global"}, "allocation='global' .* leave both out"),
+        ({"final": "searched", "pattern": NofM(2, 4)}, "pattern 2:4 are given; leave both out"),
+    ],
+)
+def test_what_is_no_search_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        SparsityTarget(**arguments)
