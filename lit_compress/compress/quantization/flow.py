@@ -79,8 +79,8 @@ class Flow:
     def batch_norms(self) -> dict[str, str]:
         """By a batch norm's call: the layer's call into which it goes."""
         found = {}
-        for name in self._layers:
-            if self._is_transposed(name):
+        for name in self._trace.calls:  # in their order, for files that are the same every time
+            if name not in self._layers or self._is_transposed(name):
                 continue  # channels of its groups lie along the weight's inputs
             follower = self._only_user(name)
             if follower is not None and self._is_batch_norm(follower, name):

@@ -385,3 +385,13 @@ def test_parts_that_are_no_mappings_are_refused():
     plain = placed(stack()).to_plain() | {"weights": ["0.weight"]}
     with pytest.raises(ValueError, match="was not written by this library"):
         Placement.from_plain(plain)
+
+
+def test_a_placement_lists_its_parts_in_the_order_of_calls():
+    """So that files with it are the same every time, whatever the hashes of names."""
+    net = nn.Sequential(*(layer for _ in range(9) for layer in conv_bn(3, 3)))
+    trace = record_calls(net, lambda n: n(IMAGES))
+    order = list(trace.calls)
+    for name, part in place(net, trace, QuantizationScheme()).to_plain().items():
+        made_by_calls = [key for key in part if key in order]
+        assert made_by_calls == sorted(made_by_calls, key=order.index), name
