@@ -144,7 +144,7 @@ def runs_with_files() -> list[tuple[str, str]]:
         (model, method)
         for model, methods in training.METHODS.items()
         for method in methods
-        if method.startswith("qat") and not training.is_gentle(method)
+        if method.startswith("qat") and not training.try_of(method)
     ]
 
 
