@@ -21,7 +21,9 @@ from ratio_search_bars import (
     search_of,
     top1s,
 )
+from ratio_search_training import sparse_runs, tunings
 
+FIRST_WIDTH = 16
 LABELS = {
     "mobilenet_v1": "MobileNet-v1 (0.5)",
     "plain20": "Plain-20",
@@ -41,6 +43,7 @@ def section(results: dict[str, Any]) -> str:
         results: Of the study.
     """
     search, tuning = results["settings"]["search"], results["settings"]["tuning"]
+    num_tuned, num_sparse = len(results["tuned"]), len(results["sparse"])
     num_images = 10 * search["val_per_class"]
     return f"""## Ratio search
 
@@ -57,7 +60,9 @@ own {num_images:,} training images, seed 1): dense {ORIGINAL["dense_score"]:.4f}
 {ORIGINAL["best_score"]:.4f} with {ORIGINAL["cost_ratio"]:.3f} of the multiply-adds,
 {ORIGINAL["cpu_seconds_per_episode"]:.1f} CPU seconds an episode; uniform
 {ORIGINAL["uniform"]:.4f}, best of the shallow ones {ORIGINAL["shallow"]:.4f}, best of the deep ones
-{ORIGINAL["deep"]:.4f}.
+{ORIGINAL["deep"]:.4f}. Its uniform rounds up, which keeps all {FIRST_WIDTH} channels of the first
+layer; here they are rounded to the nearest multiple of 8 that the budget allows, which is half of
+them, so that uniform starts lower.
 
 Where the best of each source came from, seed by seed:
 
@@ -73,7 +78,8 @@ Both arms start from the same network, are cut before the first step (importance
 `{tuning["importance"]}`, {"" if tuning["reconstruct"] else "no "}least-squares reconstruction), and
 are tuned for {tuning["epochs"]} epochs on the same images in the same order (SGD, learning rate
 {tuning["lr"]} with a cosine, batch {tuning["batch_size"]}, {tuning["precision"]}). Top-1 in percent
-on the 10,000 test images; mean ± standard deviation over {len(SEEDS)} seeds.
+on the 10,000 test images; mean ± standard deviation over {len(SEEDS)} seeds;
+{num_tuned} of {len(tunings())} runs were made.
 
 {tuning_table(results)}
 
@@ -82,7 +88,8 @@ on the 10,000 test images; mean ± standard deviation over {len(SEEDS)} seeds.
 ResNet-20, one search of {search["num_sparsity_episodes"]} episodes a level (seed 1; reward: the
 images of above, weights by least squares and batch norm statistics of one batch, no training), then
 trained as in the section on sparsity and distillation above, but for one epoch, so that these
-numbers are lower than those there. Top-1 in percent on the test images.
+numbers are lower than those there. Top-1 in percent on the test images; {num_sparse} of
+{len(sparse_runs())} runs were made, the seeds in turn, and a mean without a deviation is of one.
 
 {sparsity_table(results)}
 
