@@ -75,7 +75,8 @@ def later_tries(floating: dict[str, float], trained: Results) -> str:
         outcomes.append(f"`{method}` {outcome}")
     return f"""MobileNet-v1's float control loses {lost:.2f} points as the study began, without any
 quantization. Other settings were tried, each when those before had been scored on these test
-images, so the best of them is the best of {len(outcomes)} tries on them: {tries}.
+images, so the best of them is the best of {len(outcomes)} tries on them: {tries}. The last has no
+float control of its own.
 {"; ".join(outcomes)}."""
 
 

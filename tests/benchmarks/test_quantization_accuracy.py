@@ -44,7 +44,6 @@ def trained(
         ("mobilenet_v1", "qat-w8a8-gentle"): gentle,
         ("mobilenet_v1", "control-gentle"): gentle_control,
         ("mobilenet_v1", "qat-w8a8-long"): long,
-        ("mobilenet_v1", "control-long"): 84.5,
     }
     return {
         "points": [
