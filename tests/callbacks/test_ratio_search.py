@@ -451,3 +451,10 @@ def test_a_fast_run_of_development_tries_one_candidate():
     _, run = fit(found, ChannelPruning(plan="searched"), fast_dev_run=True)
     assert len(found.result.episodes) == 1
     assert run.global_step == 1
+
+
+def test_calibration_leaves_half_of_few_batches_to_score_on():
+    found = search(candidates=CandidateSettings(num_calibration_batches=24, round_to=2))
+    fit(found, max_epochs=0)
+    assert found.result.setting["scoring"].endswith(", 1 batches")
+    assert found.result.best_episode.complete
