@@ -10,7 +10,6 @@ layer the same inputs.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from lit_compress.compress.channels.normal_equations import NormalEquations
 from lit_compress.compress.channels.output_samples import Layer
 from lit_compress.compress.channels.plan import ChannelPlan, choose_channels
 from lit_compress.compress.channels.reconstruction import gather_equations, layers_to_reconstruct
+from lit_compress.compress.weight_cache import WeightCache
 
 __all__ = ["SlimCopies"]
 
@@ -57,9 +57,7 @@ class SlimCopies:
         self._scores = scores
         self._ridge = ridge
         self.equations: dict[str, NormalEquations] = {}
-        self._solved: OrderedDict[tuple[str, bytes], tuple[Tensor, Tensor | None]] = OrderedDict()
-        self._room = max_bytes
-        self._max_bytes = max_bytes
+        self._solved = WeightCache(max_bytes)
 
     def gather(
         self,
@@ -85,7 +83,6 @@ class SlimCopies:
             layers, self._network, batches, forward, num_points=num_points, seed=seed
         )
         self._solved.clear()
-        self._room = self._max_bytes
 
     def keep(self, plan: ChannelPlan) -> Tensor:
         """The channels that a plan keeps: bool, shape ``[groups.num_channels]``."""
@@ -124,20 +121,13 @@ class SlimCopies:
         self, layer: str, equations: NormalEquations, inputs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The weights of all outputs for some inputs, flat, and the bias."""
-        key = layer, inputs.numpy().tobytes()
-        if key in self._solved:
-            self._solved.move_to_end(key)
-            return self._solved[key]
-        module = cast(Layer, self._network.get_submodule(layer))
-        dense = module.weight.detach()
-        start = dense[:, inputs.to(dense.device)].flatten(1)
-        taps = dense[0, 0].numel()
-        columns = (inputs.unsqueeze(1) * taps + torch.arange(taps)).flatten()
-        solved = equations.solve(start, module.bias, inputs=columns, ridge=self._ridge)
-        size = sum(t.numel() * t.element_size() for t in solved if t is not None)
-        self._solved[key] = solved
-        self._room -= size
-        while self._room < 0 and len(self._solved) > 1:
-            _, dropped = self._solved.popitem(last=False)
-            self._room += sum(t.numel() * t.element_size() for t in dropped if t is not None)
-        return solved
+
+        def solve() -> tuple[Tensor, Tensor | None]:
+            module = cast(Layer, self._network.get_submodule(layer))
+            dense = module.weight.detach()
+            start = dense[:, inputs.to(dense.device)].flatten(1)
+            taps = dense[0, 0].numel()
+            columns = (inputs.unsqueeze(1) * taps + torch.arange(taps)).flatten()
+            return equations.solve(start, module.bias, inputs=columns, ridge=self._ridge)
+
+        return self._solved.get((layer, inputs.numpy().tobytes()), solve)

@@ -240,7 +240,7 @@ def test_no_more_is_kept_than_allowed(solves):
         slim = copies(ChannelPlan({"0.0": kept}, {"0.0": 8})).state_dict()
         for key, tensor in slim.items():
             assert torch.equal(expected.setdefault((kept, key), tensor), tensor)
-        held = [t for pair in copies._solved.values() for t in pair if t is not None]
+        held = [t for pair in copies._solved._kept.values() for t in pair if t is not None]
         assert sum(t.numel() * t.element_size() for t in held) <= 3 * one
     assert len(solves) == 5
     copies(ChannelPlan({"0.0": 6}, {"0.0": 8}))
@@ -253,7 +253,7 @@ def test_without_room_copies_are_right_all_the_same():
     plan = ChannelPlan({"0.0": 5, "1.0": 7}, {"0.0": 8, "1.0": 12})
     for _ in range(2):
         assert_same(copies(plan), by_hand(network, groups, copies.keep(plan), [images(1)]))
-    assert len(copies._solved) == 1
+    assert len(copies._solved._kept) == 1
 
 
 # --- Which layers, and refusals -------------------------------------------------------------------
