@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._searched import found_bits, found_sparsities
+from lit_compress.files import write_text
 from lit_compress.search.search_result import Episode, SearchResult
 
 __all__ = ["SearchProgress", "report_search", "save_solution"]
@@ -111,14 +112,13 @@ def save_solution(result: SearchResult, folder: Path, pl_module: pl.LightningMod
         ``MagnitudeSparsity(final_sparsity=...)``, or ``layer_bits.json`` with that for
         quantization.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / _SOLUTION_FILES[result.space]
     if result.space == "channels":
         result.plan.save(file)
     else:
         sparse = result.space == "sparsity"
         found = found_sparsities(result, pl_module) if sparse else found_bits(result)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(found, indent=1) + "\n")
     return file
 
 

@@ -168,7 +168,7 @@ class CompressionSummary(pl.Callback):
         rank_zero_info(f"\n{self.report}")
         files = [
             *packed,
-            self.report.save_json(folder / "compression_report.json"),
+            self.report.save(folder / "compression_report.json"),
             self.report.save_markdown(folder / "compression_report.md"),
         ]
         plots = list(self.report.plot(folder)) if self.plots else []

@@ -31,6 +31,7 @@ from lit_compress.callbacks._stage_order import refuse_quantized_network
 from lit_compress.callbacks._teacher import copy_network, digest
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.channels.goal import check_count
+from lit_compress.files import write_text
 from lit_compress.search.ddpg import DDPGSettings
 from lit_compress.search.evaluation import Evaluator, Mode
 from lit_compress.search.problem import RatioProblem
@@ -307,8 +308,7 @@ class RatioSearch(pl.Callback):
             agrees = score.agrees_in_bf16([space.network(proposal.choice) for proposal in few])
             decided = "bf16" if agrees else "trainer"
             if trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                file.write_text(decided)
+                write_text(file, decided)
         return bool(decided == "bf16")
 
     def _setting(self, network: nn.Module, batches: Sequence[ValidationBatch]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from lit_compress.deploy import ExportedFile, LoadedFile, ParityError, ParityTol
 from lit_compress.deploy import export as export_network
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.runtimes import ROUTES
+from lit_compress.files import write_text
 from lit_compress.measure import ExampleInputs
 from lit_compress.measure.inputs import infer_batch_size, with_batch_size
 from lit_compress.measure.plain import to_plain
@@ -78,8 +79,7 @@ def export(args: Sequence[str]) -> None:
         written.append({**plain, "metrics": {"torch": metrics, "file": scored}})
         print(_shown(file, metrics, scored), end="\n\n")
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(written, indent=2) + "\n")
 
 
 def _parser() -> CommandParser:

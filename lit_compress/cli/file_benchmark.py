@@ -65,7 +65,7 @@ def benchmark_exported(
     )
     print(result)
     if options.json:
-        result.to_json(options.json)
+        result.save(options.json)
     picture = result.plot(options.plot) if options.plot else None
     if options.wandb:
         _log(result, options.wandb, [p for p in (picture,) if p is not None])

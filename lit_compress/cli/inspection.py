@@ -6,7 +6,6 @@ import copy
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
@@ -18,6 +17,7 @@ from lit_compress.cli.stored_weights import StoredWeights
 from lit_compress.cli.subject import Subject, find_subject
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, read_weights
 from lit_compress.deploy import use_sparse_kernels
+from lit_compress.files import write_text
 from lit_compress.measure import (
     CompressionReport,
     ExampleInputs,
@@ -75,15 +75,15 @@ def report(args: Sequence[str]) -> None:
         tables = _summary(compressed)
         print("\n\n".join("\n".join(aligned(*table)) for table in tables))
         if options.json:
-            _write(options.json, json.dumps(to_plain(compressed), indent=2) + "\n")
+            write_text(options.json, json.dumps(to_plain(compressed), indent=2) + "\n")
         if options.markdown:
-            _write(options.markdown, "\n\n".join(markdown(*table) for table in tables) + "\n")
+            write_text(options.markdown, "\n\n".join(markdown(*table) for table in tables) + "\n")
         return
     dense = _measures(options.baseline, "dense", subject, inputs, options.validate)
     result = CompressionReport(dense=dense, compressed=compressed)
     print(result)
     if options.json:
-        result.save_json(options.json)
+        result.save(options.json)
     if options.markdown:
         result.save_markdown(options.markdown)
     if options.plots:
@@ -157,7 +157,7 @@ def benchmark(args: Sequence[str]) -> None:
     ]
     print("\n".join(aligned(*_latency_table(comparisons))))
     if options.json:
-        _write(options.json, json.dumps([to_plain(c) for c in comparisons], indent=2) + "\n")
+        write_text(options.json, json.dumps([to_plain(c) for c in comparisons], indent=2) + "\n")
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -294,9 +294,3 @@ def _latency_table(comparisons: Sequence[LatencyComparison]) -> Table:
         for c in comparisons
     ]
     return ("threads", "batch", "dense", "compressed", "change", "8 pairs in 10"), rows
-
-
-def _write(path: str, text: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from lit_compress.cli.inspection import fill
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.subject import Subject, find_subject, quiet
 from lit_compress.compress.packed_checkpoint import write_packed_checkpoint
+from lit_compress.files import write_text
 from lit_compress.measure.plain import to_plain
 from lit_compress.measure.table import megabytes
 
@@ -57,7 +58,7 @@ def quantize(args: Sequence[str]) -> None:
     if options.json is not None:
         files = {name: {"path": path, "bytes": size} for name, (path, size) in written.items()}
         text = json.dumps({**to_plain(result), "files": files}, indent=2)
-        _made(options.json).write_text(text + "\n", encoding="utf-8")
+        write_text(options.json, text + "\n")
 
 
 def _parser() -> CommandParser:
@@ -130,15 +131,10 @@ def _write(
     """Paths and real sizes of the files, by what they are."""
     written = {}
     if options.output is not None:
-        trainer.save_checkpoint(_made(options.output), weights_only=True)
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(options.output, weights_only=True)
         written["checkpoint"] = (options.output, os.path.getsize(options.output))
     if options.packed is not None:
-        size = write_packed_checkpoint(_made(options.packed), module)
+        size = write_packed_checkpoint(options.packed, module)
         written["packed"] = (options.packed, size)
     return written
-
-
-def _made(path: str) -> Path:
-    """The path, its folder made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)

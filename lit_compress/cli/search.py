@@ -18,6 +18,7 @@ from lit_compress.cli.search_options import SearchOptions, search_options
 from lit_compress.cli.short_fits import filled_subject, traceless_trainer, tune
 from lit_compress.cli.subject import Subject, quiet
 from lit_compress.compress.schedules import Schedule
+from lit_compress.files import write_text
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import SearchTarget
 from lit_compress.search.staged import plan_of_stages, search_in_stages
@@ -146,7 +147,7 @@ class _StagedSearch:
             to_it = self._to_it(results)
             trainer = tune(module, self._subject, accelerator, steps, [to_it])
             trainer.save_checkpoint(checkpoint, weights_only=True)
-            note.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+            write_text(note, json.dumps(done, indent=1) + "\n")
         if results[-1].space == "channels":
             # What the search itself has written is for a network that was cut before.
             plan_of_stages(results).save(self._stage_folder / "plan.json")

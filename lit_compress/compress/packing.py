@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import lzma
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -40,6 +39,7 @@ from lit_compress.compress.packed_tensors import (
     packed_form,
     unpack_bits,
 )
+from lit_compress.files import replacing
 
 __all__ = ["PackedContent", "pack", "packed_content", "read_packed", "unpack", "write_packed"]
 
@@ -117,14 +117,8 @@ def write_packed(
     entries: dict[str, PackedTensor] = {n: packed_form(v) for n, v in state_dict.items()}
     content = torch.frombuffer(bytearray(pack(entries | dict(integers), record)), dtype=torch.uint8)
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": _FORMAT, "content": content}, file)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(target) as part:
+        torch.save({"format": _FORMAT, "content": content}, part)
     return target.stat().st_size
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import TIMES, UNKNOWN, aligned, megabytes, shown
 
 __all__ = ["BenchmarkResult", "FileLatency", "MeasuredFile"]
-
-_FORMAT = "lit-compress benchmark 1"
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class FileLatency:
 
 
 @dataclass(frozen=True)
-class BenchmarkResult:
+class BenchmarkResult(SavedAsJSON):
     """Files timed in turns in one process. ``print(result)`` shows two tables.
 
     Attributes:
@@ -81,6 +79,9 @@ class BenchmarkResult:
     files: tuple[MeasuredFile, ...]
     rows: tuple[FileLatency, ...]
     setting: Mapping[str, str]
+
+    json_format: ClassVar[str] = "lit-compress benchmark 1"
+    json_name: ClassVar[str] = "a benchmark of exported files"
 
     def __str__(self) -> str:
         return "\n".join([*self._files_table(), "", *self._latency_table()])
@@ -136,27 +137,6 @@ class BenchmarkResult:
             f"{file!r} was not timed with {num_threads} threads and batch size {batch_size}; the "
             f"files are {', '.join(repr(f.name) for f in self.files)}."
         )
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the result to a JSON file; folders are made."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        plain = {"format": _FORMAT, **to_plain(self)}
-        Path(path).write_text(json.dumps(plain, indent=2) + "\n")
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> BenchmarkResult:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If it is something else.
-        """
-        try:
-            plain = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no JSON: {error}.") from error
-        if not isinstance(plain, dict) or plain.pop("format", None) != _FORMAT:
-            raise ValueError(f"{path} is no benchmark of exported files; expected {_FORMAT!r}.")
-        return from_plain(cls, plain, str(path))
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw medians with quartiles as bars, one panel for each batch size, into a PNG file.

@@ -19,6 +19,7 @@ from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.parity import Parity, ParityTolerance, compare
 from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
 from lit_compress.deploy.runtimes import LoadedFile, load_file, route_to
+from lit_compress.files import replacing
 from lit_compress.measure.inputs import (
     ExampleInputs,
     describe,
@@ -122,7 +123,7 @@ def export(
         reference = _checked_call(on_cpu, example_inputs)
         written = FlatCall(integer_network(on_cpu, route.spelling), example_inputs) if integers \
             else reference  # fmt: skip
-        with _temporary(path) as temporary:
+        with replacing(path) as temporary:
             start = time.perf_counter()
             _write(written, route, target, temporary, flat_inputs(example_inputs), integers)
             seconds = time.perf_counter() - start
@@ -130,7 +131,6 @@ def export(
                 size = loaded.batch_size
                 parity = compare(_pairs(reference, loaded, _resized(batches, size)))
             (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
-            os.replace(temporary, path)
     data = path.read_bytes()
     return ExportedFile(
         path=path,
@@ -172,16 +172,6 @@ def _checked_call(network: nn.Module, example_inputs: ExampleInputs) -> FlatCall
             f"{describe(example_inputs)}: {error}. Pass one batch as it takes it."
         ) from error
     return call
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside the file's, gone afterwards."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write(

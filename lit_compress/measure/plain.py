@@ -42,7 +42,8 @@ def from_plain(kind: type[_T], data: Any, where: str) -> _T:
     """
     if not isinstance(data, dict):
         raise ValueError(f"{where} is {_shown(data)}; expected an object with named fields.")
-    hints = get_type_hints(kind)
+    types_by_name = get_type_hints(kind)
+    hints = {field.name: types_by_name[field.name] for field in fields(kind)}  # type: ignore[arg-type]
     missing, unknown = hints.keys() - data.keys(), data.keys() - hints.keys()
     if missing or unknown:
         raise ValueError(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from lit_compress.files import write_text
 from lit_compress.measure.measures import ModelMeasures
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import (
     aligned,
     count,
@@ -25,12 +25,11 @@ from lit_compress.measure.table import (
     shown,
 )
 
-_FORMAT = "lit-compress report 1"
 _FEWEST_ZEROS = 0.001  # more zeros than training leaves by chance
 
 
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(SavedAsJSON):
     """A dense model against its compressed form.
 
     ``print(report)`` shows an aligned table with the findings below it. Sizes and times change by
@@ -55,6 +54,10 @@ class CompressionReport:
     dense: ModelMeasures
     compressed: ModelMeasures
     notes: tuple[str, ...] = ()
+
+    json_format: ClassVar[str] = "lit-compress report 1"
+    json_name: ClassVar[str] = "a compression report"
+    json_computed: ClassVar[tuple[str, ...]] = ("findings",)
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -119,54 +122,9 @@ class CompressionReport:
         ]
         return "\n\n".join(blocks) + "\n"
 
-    def to_json(self) -> str:
-        """The report as JSON text; `from_json` gives an equal report back."""
-        data = {"format": _FORMAT, **to_plain(self), "findings": list(self.findings)}
-        return json.dumps(data, indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> CompressionReport:
-        """Read what `to_json` wrote; the findings are computed anew.
-
-        Raises:
-            ValueError: If the text is not JSON (cut off, perhaps), not such a report, or a field
-                is missing, unknown or of the wrong type.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"The text is not JSON: {error}. Expected what to_json() wrote; it may have been "
-                "cut off. Write the report again."
-            ) from error
-        found = data.get("format") if isinstance(data, dict) else None
-        if found != _FORMAT:
-            raise ValueError(
-                f"The JSON has format {found!r}; expected {_FORMAT!r}. Pass a file that "
-                "CompressionReport.save_json wrote."
-            )
-        body = {key: value for key, value in data.items() if key not in ("format", "findings")}
-        return from_plain(cls, body, "report")
-
-    def save_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write `to_json` to a file, whole or not at all, and return its path."""
-        return _write(path, self.to_json())
-
     def save_markdown(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_markdown` to a file, whole or not at all, and return its path."""
-        return _write(path, self.to_markdown())
-
-    @classmethod
-    def load_json(cls, path: str | os.PathLike[str]) -> CompressionReport:
-        """Read a file that `save_json` wrote.
-
-        Raises:
-            ValueError: As `from_json`; the message names the file.
-        """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        return write_text(path, self.to_markdown())
 
     def plot(self, path: str | os.PathLike[str]) -> list[Path]:
         """Draw the report as PNG files: what is left of the model, and zeros layer by layer.
@@ -220,18 +178,3 @@ def _unproven_latency(dense: ModelMeasures, compressed: ModelMeasures) -> Iterat
                 f"({before.p10_ms:.3f} to {before.p90_ms:.3f} ms and "
                 f"{after.p10_ms:.3f} to {after.p90_ms:.3f} ms)."
             )
-
-
-def _write(path: str | os.PathLike[str], text: str) -> Path:
-    """Write beside the target and move into place: a failure leaves the old file as it was."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return target

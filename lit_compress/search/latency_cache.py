@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from pathlib import Path
 
 import torch
+
+from lit_compress.files import write_text
 
 __all__ = ["LatencyCache", "device_name"]
 
@@ -51,15 +51,7 @@ class LatencyCache:
         devices = self._read()
         devices[self.device] = {**devices.get(self.device, {}), **self._times}
         text = json.dumps({"format": _FORMAT, "ms": devices}, indent=1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}-")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self.path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(self.path, text)
         self._is_saved = True
 
     def _read(self) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lit_compress.files import replacing
 from lit_compress.search.evaluation import Evaluator, Mode
 from lit_compress.search.problem import Choice, RatioProblem
 from lit_compress.search.rewards import Reward, best_episode, reward_function
@@ -233,10 +233,8 @@ def _save(
         "searcher": searcher.state_dict(),
         "evaluator": evaluate.state_dict(),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    torch.save(state, part)
-    os.replace(part, file)
+    with replacing(file) as part:
+        torch.save(state, part)
 
 
 def _restored(

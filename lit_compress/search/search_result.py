@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from lit_compress.compress.channels.plan import ChannelPlan
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.search.problem import Decision
 from lit_compress.search.search_table import search_table
 from lit_compress.search.sensitivity_result import Mode
@@ -20,7 +19,6 @@ __all__ = ["Episode", "SearchResult", "Space"]
 
 Space = Literal["channels", "sparsity", "bits"]
 
-_FORMAT = "lit-compress ratio search 1"
 _FOUND: dict[Space, str] = {"channels": "plan", "sparsity": "sparsities", "bits": "layer_bits"}
 
 
@@ -59,7 +57,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(SavedAsJSON):
     """The episodes of a ratio search and the best of them, complete or as far as a run has come.
 
     ``print(result)`` shows what was found, layer by layer, and the best of each source.
@@ -92,6 +90,9 @@ class SearchResult:
     episodes: tuple[Episode, ...]
     best: int | None
     setting: Mapping[str, str]
+
+    json_format: ClassVar[str] = "lit-compress ratio search 1"
+    json_name: ClassVar[str] = "the result of a ratio search"
 
     def __post_init__(self) -> None:
         for what, word, known in (("space", self.space, Space), ("mode", self.mode, Mode)):
@@ -254,59 +255,6 @@ class SearchResult:
         from lit_compress.search.search_plot import plot_search
 
         return plot_search(self, Path(path))
-
-    # --- Files ------------------------------------------------------------------------------------
-
-    def to_json(self) -> str:
-        """The result as strict JSON; :meth:`from_json` is the way back."""
-        data = {"format": _FORMAT, **to_plain(self)}
-        return json.dumps(data, indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> SearchResult:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If the text is something else, was cut off, or contradicts itself.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"the text is no JSON ({error}); expected the result of a ratio search. Was the "
-                "file cut off?"
-            ) from error
-        found = data.pop("format", None) if isinstance(data, dict) else None
-        if found != _FORMAT:
-            raise ValueError(
-                f"the JSON has format {found!r}; expected {_FORMAT!r}, as SearchResult.save "
-                "writes it."
-            )
-        return from_plain(cls, data, "search")
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write :meth:`to_json` to a file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.part")
-        part.write_text(self.to_json(), encoding="utf-8")
-        os.replace(part, target)
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SearchResult:
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else.
-        """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # UnicodeDecodeError is one too
-            raise ValueError(
-                f"{os.fspath(path)!r} cannot be read as the result of a ratio search: {error}"
-            ) from error
 
     # --- Inside -----------------------------------------------------------------------------------
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan, rounding_step
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import UNKNOWN, aligned
 
 __all__ = ["Mode", "SensitivityPoint", "SensitivityResult"]
 
 Mode = Literal["max", "min"]
-
-_FORMAT = "lit-compress sensitivity 1"
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class SensitivityPoint:
 
 
 @dataclass(frozen=True)
-class SensitivityResult:
+class SensitivityResult(SavedAsJSON):
     """The curves of a model's channel groups, complete or as far as a run has come.
 
     ``print(result)`` shows one table a metric: a row for each group, a column for each pruning
@@ -65,6 +62,9 @@ class SensitivityResult:
     baseline: SensitivityPoint
     points: tuple[SensitivityPoint, ...]
     setting: Mapping[str, str]
+
+    json_format: ClassVar[str] = "lit-compress sensitivity 1"
+    json_name: ClassVar[str] = "a sensitivity analysis"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -230,52 +230,6 @@ class SensitivityResult:
         for metric in metrics or ():
             self._check_metric(metric, tuned=False)
         return plot_sensitivity(self, Path(path), metrics or self.metrics)
-
-    def to_json(self) -> str:
-        """The result as JSON; :meth:`from_json` is the way back."""
-        return json.dumps({"format": _FORMAT, **to_plain(self)}, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> SensitivityResult:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If the text is something else, or was cut off.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"the text is no JSON ({error}); expected a sensitivity analysis."
-            ) from error
-        found = data.pop("format", None) if isinstance(data, dict) else None
-        if found != _FORMAT:
-            raise ValueError(f"the JSON has format {found!r}; expected {_FORMAT!r}.")
-        return from_plain(cls, data, "sensitivity")
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write :meth:`to_json` to a file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.part")
-        part.write_text(self.to_json(), encoding="utf-8")
-        os.replace(part, target)
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SensitivityResult:
-        """Read a file that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else.
-        """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # UnicodeDecodeError is one too
-            raise ValueError(
-                f"{os.fspath(path)!r} cannot be read as a sensitivity analysis: {error}"
-            ) from error
 
     def _known_baseline(self, metric: str, tuned: bool) -> float:
         value = self.baseline.value(metric, tuned)

@@ -97,7 +97,7 @@ def test_report_against_a_baseline(checkpoint, bare):
     torch.save({"state_dict": weights}, "dense.pt")
     arguments = ["--baseline=dense.pt", "--json=out.json", "--markdown=out.md", "--plots=plots"]
     assert main(["report", str(checkpoint), *arguments]) == 0
-    report = CompressionReport.load_json("out.json")
+    report = CompressionReport.load("out.json")
     assert report.dense.sparsity == 0
     assert report.compressed.sparsity == pytest.approx(0.5, abs=1e-2)
     assert report.dense.macs == report.compressed.macs > 0
@@ -109,9 +109,9 @@ def test_report_against_a_baseline(checkpoint, bare):
 def test_report_validates_both(checkpoint, bare, run_folder):
     arguments = [f"--baseline={bare}", "--validate", "--json=out.json"]
     assert main(["report", str(checkpoint), *arguments]) == 0
-    report = CompressionReport.load_json("out.json")
+    report = CompressionReport.load("out.json")
     assert report.dense.metrics == report.compressed.metrics
-    logged = CompressionReport.load_json(run_folder / "compression_report.json")
+    logged = CompressionReport.load(run_folder / "compression_report.json")
     measured = report.compressed.metrics["val_top1"]
     assert measured == pytest.approx(logged.compressed.metrics["val_top1"])
 

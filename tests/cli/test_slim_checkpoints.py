@@ -31,7 +31,7 @@ def test_report(slim):
     dense, path = slim
     arguments = [f"--baseline={dense}", "--validate", "--json=out.json"]
     assert main(["report", path, *arguments]) == 0
-    report = CompressionReport.load_json("out.json")
+    report = CompressionReport.load("out.json")
     assert report.dense.num_params == 8 * 9 + 16 + 6 * 8 * 9 + 6 + 6 * 10 + 10
     assert report.compressed.num_params == 3 * 9 + 6 + 2 * 3 * 9 + 2 + 2 * 10 + 10
     assert report.dense.macs == 36 * 8 * 9 + 16 * 6 * 8 * 9 + 60

@@ -113,16 +113,16 @@ def test_tables():
 
 
 def test_json_and_back(tmp_path):
-    made().to_json(tmp_path / "new" / "result.json")
-    again = BenchmarkResult.from_json(tmp_path / "new" / "result.json")
+    made().save(tmp_path / "new" / "result.json")
+    again = BenchmarkResult.load(tmp_path / "new" / "result.json")
     assert again.files == made().files
     assert str(again) == str(made())
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="no benchmark of exported files"):
-        BenchmarkResult.from_json(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="format None; expected 'lit-compress benchmark 1'"):
+        BenchmarkResult.load(tmp_path / "other.json")
     (tmp_path / "other.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
-        BenchmarkResult.from_json(tmp_path / "other.json")
+        BenchmarkResult.load(tmp_path / "other.json")
 
 
 def test_picture(tmp_path):

@@ -114,17 +114,20 @@ def test_markdown_has_both_tables_and_the_findings() -> None:
 def test_json_round_trip_is_equal(options, tmp_path: Path) -> None:
     report = masked(**options)
     assert CompressionReport.from_json(report.to_json()) == report
-    path = report.save_json(tmp_path / "new" / "report.json")
-    assert CompressionReport.load_json(path) == report
+    path = report.save(tmp_path / "new" / "report.json")
+    assert CompressionReport.load(path) == report
     assert json.loads(path.read_text())["findings"] == list(report.findings)
     assert os.listdir(path.parent) == ["report.json"]
 
 
 def test_a_truncated_file_is_refused_with_its_name(tmp_path: Path) -> None:
-    path = masked().save_json(tmp_path / "report.json")
+    path = masked().save(tmp_path / "report.json")
     path.write_text(path.read_text()[:-50])
-    with pytest.raises(ValueError, match=r"report\.json: The text is not JSON: .*cut off"):
-        CompressionReport.load_json(path)
+    with pytest.raises(
+        ValueError,
+        match=r"report\.json' cannot be read as a compression report: .* no JSON .* cut off",
+    ):
+        CompressionReport.load(path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"format": "other"}', '{"dense": {}}'])
@@ -136,10 +139,12 @@ def test_foreign_json_is_refused(text: str) -> None:
 def test_a_damaged_field_is_named() -> None:
     data = json.loads(masked().to_json())
     data["dense"]["layers"][1]["num_params"] = "many"
-    with pytest.raises(ValueError, match=r"report\.dense\.layers\[1\]\.num_params is 'many'"):
+    with pytest.raises(
+        ValueError, match=r"CompressionReport\.dense\.layers\[1\]\.num_params is 'many'"
+    ):
         CompressionReport.from_json(json.dumps(data))
     del data["dense"]
-    with pytest.raises(ValueError, match=r"report lacks \['dense'\]"):
+    with pytest.raises(ValueError, match=r"CompressionReport lacks \['dense'\]"):
         CompressionReport.from_json(json.dumps(data))
 
 

@@ -109,7 +109,7 @@ def test_recipe_runs(command, latency_by_size):
     assert main(command) == 0
     (file,) = Path.cwd().rglob("config.yaml")
     config = yaml.safe_load(file.read_text())
-    report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
+    report = CompressionReport.load(next(Path.cwd().rglob("compression_report.json")))
     assert report.dense.sparsity < 0.01
     assert any(config[name] for name in ("sparsity", "pruning", "clustering", *NUMBERS))
     found = check_search(config["search"]) if config["search"] else None
@@ -261,7 +261,7 @@ def test_any_network_is_layered_with_any_method(network, capsys):
 
 def test_quickstart_reaches_97_percent_at_90_percent_sparsity():
     assert main([*command_of(ROOT / "recipes" / "quickstart.yaml"), "--summary.plots=false"]) == 0
-    report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
+    report = CompressionReport.load(next(Path.cwd().rglob("compression_report.json")))
     assert report.compressed.metrics["val_top1"] >= 0.97
     assert report.dense.metrics["val_top1"] >= 0.97
     (checkpoint,) = Path.cwd().rglob("*.ckpt")

@@ -74,6 +74,6 @@ def test_the_last_run_of_a_sweep_runs(sweep):
     *_, (*arguments,) = runs_of(sweep, SCOPES[sweep.stem][0])
     # W&B's service would outlive the test, and with it the folder that it was started in.
     assert main([*arguments, SMALL, "--trainer.logger=false"]) == 0
-    report = CompressionReport.load_json(next(Path.cwd().rglob("compression_report.json")))
+    report = CompressionReport.load(next(Path.cwd().rglob("compression_report.json")))
     assert "val_top1" in report.compressed.metrics
     assert os.path.getsize(next(Path.cwd().rglob("quantized.ckpt"))) > 0

@@ -218,7 +218,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         "[]": "format None; expected 'lit-compress ratio search 1', as SearchResult.save",
         text.replace("ratio search 1", "sensitivity 1"): "format 'lit-compress sensitivity 1'",
         text.replace('"reward": "score",', ""): r"lacks \['reward'\]",
-        text.replace('"seed": "1"', '"seed": 1'): r"search.setting.seed is 1; expected str",
+        text.replace('"seed": "1"', '"seed": 1'): r"SearchResult.setting.seed is 1; expected str",
         text.replace('"space": "channels"', '"space": "depth"'): "space is 'depth'",
         text.replace('"best": 2', '"best": 3'): "number 3, which was not evaluated to its end",
     }.items():

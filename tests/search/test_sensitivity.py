@@ -288,7 +288,7 @@ def test_other_files_are_refused(net, tmp_path):
     for content, said in {
         text[: len(text) // 2]: "is no JSON",
         '{"format": "other"}': "has format 'other'; expected 'lit-compress sensitivity 1'",
-        json.dumps({**json.loads(text), "points": 3}): "sensitivity.points is 3",
+        json.dumps({**json.loads(text), "points": 3}): "SensitivityResult.points is 3",
         "[]": "has format None",
     }.items():
         (tmp_path / "x.json").write_text(content)

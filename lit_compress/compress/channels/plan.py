@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
+from lit_compress.files import write_text
 
 __all__ = ["ChannelPlan", "check_scores", "choose_channels", "rounding_step"]
 
@@ -216,8 +217,8 @@ class ChannelPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a JSON file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the plan to a JSON file, whole or not at all; folders are made."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> ChannelPlan:

@@ -1,0 +1,61 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing", "write_text"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file to write in the place of another one.
+
+    It lies beside the other, under a name of its own with the same suffix, and takes its place when
+    the block has ended. Where the block raises, the older file is as it was, and nothing is left
+    beside it. Folders are made.
+
+    Args:
+        path: The file to be replaced, or to be made.
+
+    Yields:
+        The path to write to; nothing is there yet.
+
+    Raises:
+        OSError: If the folder cannot be made, or the file not be moved.
+
+    Examples:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "plan.json"
+        >>> with replacing(file) as part:
+        ...     _ = part.write_text("{}")
+        >>> file.read_text()
+        '{}'
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: what it makes is for its owner alone, whatever the umask says.
+    part = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text in UTF-8, as :func:`replacing` does.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(path)
