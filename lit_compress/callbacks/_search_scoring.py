@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lit_compress.callbacks._resident_validation import ResidentValidation, ValidationBatch
 from lit_compress.callbacks._training_sample import beside, on_device
 from lit_compress.search.evaluation import GiveUp, Mode, Scored
+from lit_compress.search.precision import lower_precision_pays
 from lit_compress.search.settings import ScoringSettings
 
 __all__ = ["ResidentScore", "chosen_metric", "scoring_batches"]
@@ -111,16 +112,8 @@ class ResidentScore:
             scores[in_bf16].append(self(network, _after_some_batches).value)
             seconds[in_bf16] += time.perf_counter() - began
         self.in_bf16 = False
-        exact, rounded = scores[False], scores[True]
-        spread = max(exact) - min(exact)
-        near = max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) <= 0.1 * spread
-        alike = all(
-            (exact[a] - exact[b]) * (rounded[a] - rounded[b]) >= 0
-            for a, b in itertools.combinations(range(len(exact)), 2)
-        )
-        decision: bool = self._trainer.strategy.broadcast(
-            seconds[True] < 0.9 * seconds[False] and near and alike, src=0
-        )
+        pays = lower_precision_pays(scores[False], scores[True], seconds[False], seconds[True])
+        decision: bool = self._trainer.strategy.broadcast(pays, src=0)
         return decision
 
     def _of_all_processes(

@@ -27,8 +27,9 @@ from lit_compress.compress.channels.importance import channel_importance
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure.inputs import as_call, with_batch_size
+from lit_compress.search.evaluation import Mode
 from lit_compress.search.sensitivity import planned_points, sensitivity_curves
-from lit_compress.search.sensitivity_result import Mode, SensitivityResult
+from lit_compress.search.sensitivity_result import SensitivityResult
 
 __all__ = ["analyze"]
 

@@ -17,7 +17,7 @@ from lit_compress.compress.quantization.sizes import stored_bytes
 from lit_compress.compress.quantization.weight_scales import mse_weight_scale
 from lit_compress.compress.weight_cache import Rewritten, WeightCache
 from lit_compress.search.layer_features import layer_features
-from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem
+from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem, chosen_levels
 
 __all__ = ["BitSpace", "quantizable_layers"]
 
@@ -88,8 +88,7 @@ class BitSpace:
 
     def layer_bits(self, choice: Choice) -> dict[str, int]:
         """Bits of each layer's weights, for the ``layer_bits`` of quantization."""
-        pairs = zip(self.decisions, choice, strict=True)
-        return {decision.name: int(decision.levels[index]) for decision, index in pairs}
+        return {name: int(bits) for name, bits in chosen_levels(self.decisions, choice).items()}
 
     def network(self, choice: Choice) -> nn.Module:
         """The network with the rounded weights of a choice, in evaluation mode."""

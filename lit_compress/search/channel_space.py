@@ -13,7 +13,7 @@ from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan, rounding_step
 from lit_compress.compress.channels.slim_copies import SlimCopies
 from lit_compress.search.layer_features import layer_features
-from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem
+from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem, chosen_levels
 
 __all__ = ["ChannelSpace"]
 
@@ -86,9 +86,8 @@ class ChannelSpace:
 
     def plan(self, choice: Choice) -> ChannelPlan:
         """The plan of a choice."""
-        pairs = list(zip(self.decisions, choice, strict=True))
-        kept = {decision.name: int(decision.levels[index]) for decision, index in pairs}
-        return ChannelPlan(kept, {decision.name: int(decision.full) for decision, _ in pairs})
+        kept = {name: int(level) for name, level in chosen_levels(self.decisions, choice).items()}
+        return ChannelPlan(kept, {decision.name: int(decision.full) for decision in self.decisions})
 
     def network(self, choice: Choice) -> nn.Module:
         """The slim network of a choice, in evaluation mode."""

@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Budget", "Choice", "Cost", "Decision", "RatioProblem"]
+__all__ = ["Budget", "Choice", "Cost", "Decision", "RatioProblem", "chosen_levels"]
 
 Choice: TypeAlias = tuple[int, ...]
 """The index of a level for each decision, from 0."""
@@ -66,6 +66,12 @@ class Decision:
             range(len(self.levels)),
             key=lambda index: (abs(self.levels[index] / self.full - ratio), -index),
         )
+
+
+def chosen_levels(decisions: Sequence[Decision], choice: Choice) -> dict[str, float]:
+    """The levels of a choice, by the names of the decisions."""
+    pairs = zip(decisions, choice, strict=True)
+    return {decision.name: decision.levels[index] for decision, index in pairs}
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, get_args
 
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.measure.saved import SavedAsJSON
-from lit_compress.search.problem import Decision
+from lit_compress.search.evaluation import Mode
+from lit_compress.search.problem import Decision, chosen_levels
 from lit_compress.search.search_table import search_table
-from lit_compress.search.sensitivity_result import Mode
 
 __all__ = ["Episode", "SearchResult", "Space"]
 
@@ -182,13 +182,12 @@ class SearchResult(SavedAsJSON):
 
     def values_of(self, episode: Episode) -> dict[str, float]:
         """An episode's level of each decision, by name."""
-        pairs = zip(self.decisions, episode.choice, strict=True)
-        return {decision.name: decision.levels[index] for decision, index in pairs}
+        return chosen_levels(self.decisions, episode.choice)
 
     def preserve_ratios_of(self, episode: Episode) -> dict[str, float]:
         """An episode's levels ÷ those of the dense model, in (0, 1], by name."""
-        pairs = zip(self.decisions, episode.choice, strict=True)
-        return {decision.name: decision.ratios[index] for decision, index in pairs}
+        values = self.values_of(episode)
+        return {decision.name: values[decision.name] / decision.full for decision in self.decisions}
 
     def cost_ratio(self, episode: Episode, cost: str) -> float:
         """What an episode costs ÷ what the dense model does; NaN where either is unknown."""

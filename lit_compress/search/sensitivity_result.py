@@ -8,16 +8,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan, rounding_step
 from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import UNKNOWN, aligned
+from lit_compress.search.evaluation import Mode
 
-__all__ = ["Mode", "SensitivityPoint", "SensitivityResult"]
-
-Mode = Literal["max", "min"]
+__all__ = ["SensitivityPoint", "SensitivityResult"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lit_compress.compress.layers import select_weights
 from lit_compress.compress.sparse_copies import SparseCopies
 from lit_compress.compress.sparsity import apportion, check_sparsity
 from lit_compress.search.layer_features import layer_features
-from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem
+from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem, chosen_levels
 
 __all__ = ["SparsitySpace", "density_levels", "exact_sparsities", "sparse_layers"]
 
@@ -80,8 +80,8 @@ class SparsitySpace:
 
     def sparsities(self, choice: Choice) -> dict[str, float]:
         """Zeros / weights of each layer, in [0, 1)."""
-        pairs = zip(self.decisions, choice, strict=True)
-        return {decision.name: 1 - decision.levels[index] for decision, index in pairs}
+        densities = chosen_levels(self.decisions, choice)
+        return {name: 1 - density for name, density in densities.items()}
 
     def exact(self, choice: Choice) -> dict[str, float]:
         """The same, corrected so that all layers together have exactly the target's zeros.
@@ -93,8 +93,7 @@ class SparsitySpace:
 
     def network(self, choice: Choice) -> nn.Module:
         """The sparse network of a choice, in evaluation mode."""
-        pairs = zip(self.decisions, choice, strict=True)
-        return self._copies({d.name: d.levels[index] for d, index in pairs}).eval()
+        return self._copies(chosen_levels(self.decisions, choice)).eval()
 
 
 def sparse_layers(network: nn.Module, ignored_layers: Sequence[str] | None = None) -> list[str]:
