@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import nn
 
 from lit_compress.callbacks._channel_scores import channel_scores, run_network
+from lit_compress.callbacks._processes import in_first_process, summed
 from lit_compress.callbacks._teacher import copy_network
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.channels.groups import ChannelGroups
@@ -74,7 +75,6 @@ def candidate_space(
 
     Raises:
         ValueError: If nothing can be searched, or a name pattern matches nothing.
-        MisconfigurationException: If a latency is the target in several processes.
     """
     dense = copy_network(network).eval()
     example = sample.inputs[0].as_example()
@@ -162,26 +162,12 @@ def _latency_table(
     sample: TrainingSample,
     cache: Path | None,
 ) -> LatencyTable:
-    if trainer.world_size > 1:
-        raise MisconfigurationException(
-            "target_latency_ms is measured on one device, and this fit runs in "
-            f"{trainer.world_size} processes that would disturb each other; search in one process "
-            "first, and give ChannelPruning the plan that it writes."
-        )
     one = sample.inputs[0].cut_to(1)
-    return LatencyTable.measure(groups, dense, one.run, cache=cache)
+    measure = partial(LatencyTable.measure, groups, dense, one.run, cache=cache)
+    return in_first_process(trainer, measure)
 
 
 def _add_up(trainer: pl.Trainer, equations: Mapping[str, NormalEquations]) -> None:
     """Let every process have the sums of all of them."""
-    if trainer.world_size == 1:
-        return
-
-    def over_processes(sums: Tensor) -> Tensor:
-        on_device = sums.to(trainer.strategy.root_device)
-        total = trainer.strategy.reduce(on_device, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total.to(sums.device)
-
     for name in sorted(equations):
-        equations[name].map_sums(over_processes)
+        equations[name].map_sums(partial(summed, trainer))

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lit_compress.callbacks._processes import agreed, summed
 from lit_compress.callbacks._resident_validation import ResidentValidation, ValidationBatch
 from lit_compress.callbacks._training_sample import beside, on_device
 from lit_compress.search.evaluation import GiveUp, Mode, Scored
@@ -113,8 +114,7 @@ class ResidentScore:
             seconds[in_bf16] += time.perf_counter() - began
         self.in_bf16 = False
         pays = lower_precision_pays(scores[False], scores[True], seconds[False], seconds[True])
-        decision: bool = self._trainer.strategy.broadcast(pays, src=0)
-        return decision
+        return agreed(self._trainer, pays)
 
     def _of_all_processes(
         self, value: float, examples: int, failed: bool = False
@@ -127,9 +127,7 @@ class ResidentScore:
         if self._trainer.world_size == 1:
             return value, examples
         sums = torch.tensor([value * examples, examples, failed], dtype=torch.float64)
-        sums = sums.to(self._trainer.strategy.root_device)
-        total = self._trainer.strategy.reduce(sums, reduce_op="sum")
-        assert isinstance(total, Tensor)
+        total = summed(self._trainer, sums)
         if total[2] and not failed:
             raise _FailedElsewhere("the validation failed in another process")
         return float(total[0] / total[1]), int(total[1])

@@ -7,10 +7,13 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_compress.callbacks._network_calls import find_uncompiled_network
+from lit_compress.compress.channels.importance import Importance
 from lit_compress.compress.layers import plain_name
 from lit_compress.search.search_result import SearchResult, Space
+from lit_compress.search.settings import CandidateSettings
 from lit_compress.search.sparsity_space import exact_sparsities
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "found_bits",
     "found_sparsities",
     "hand_over",
+    "mention_other_candidates",
     "refuse_layers",
     "refuse_waiting_in_vain",
 ]
@@ -48,8 +52,13 @@ class TakesSearched(Protocol):
     def waits_for_search(self) -> bool:
         """Whether it was told to."""
 
-    def take_searched(self, result: SearchResult) -> None:
-        """Work with what was found from now on."""
+    def take_searched(self, result: SearchResult, candidates: CandidateSettings) -> None:
+        """Work with what was found from now on.
+
+        Args:
+            result: What was found.
+            candidates: How the networks were made that it was found with.
+        """
 
 
 def refuse_waiting_in_vain(trainer: pl.Trainer, callback: TakesSearched) -> None:
@@ -75,7 +84,9 @@ def refuse_waiting_in_vain(trainer: pl.Trainer, callback: TakesSearched) -> None
     )
 
 
-def hand_over(trainer: pl.Trainer, result: SearchResult) -> list[str]:
+def hand_over(
+    trainer: pl.Trainer, result: SearchResult, candidates: CandidateSettings
+) -> list[str]:
     """Give a result to all callbacks that wait for one of its space.
 
     Returns:
@@ -88,9 +99,29 @@ def hand_over(trainer: pl.Trainer, result: SearchResult) -> list[str]:
             and callback.waits_for_search
             and callback.searched_space == result.space
         ):
-            callback.take_searched(result)
+            callback.take_searched(result, candidates)
             taken.append(type(callback).__name__)
     return taken
+
+
+def mention_other_candidates(
+    importance: Importance, reconstruct: bool, candidates: CandidateSettings
+) -> None:
+    """Warn where channels are about to be cut in another way than those that were scored.
+
+    Args:
+        importance: Which channels stay when the model is cut.
+        reconstruct: Whether it gets new weights by least squares.
+        candidates: How the candidates of the search were cut.
+    """
+    wanted = (candidates.importance, candidates.num_calibration_batches > 0)
+    if (importance, reconstruct) != wanted:
+        rank_zero_warn(
+            f"ChannelPruning: the plan was found with candidates cut by importance={wanted[0]!r} "
+            f"and reconstruct={wanted[1]}, and the model is cut by importance={importance!r} and "
+            f"reconstruct={reconstruct}, so that it scores otherwise than the search says. Give "
+            "both the same, here or in RatioSearch(candidates=CandidateSettings(...))."
+        )
 
 
 def refuse_layers(*given: object) -> None:

@@ -27,7 +27,7 @@ from lit_compress.callbacks._requirements import (
     refuse_spawned_processes,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_moment, resolved_schedule
-from lit_compress.callbacks._searched import refuse_waiting_in_vain
+from lit_compress.callbacks._searched import mention_other_candidates, refuse_waiting_in_vain
 from lit_compress.callbacks._stage_order import (
     Stage,
     StageSpan,
@@ -51,6 +51,7 @@ from lit_compress.compress.channels.progress import ChannelProgress, Spread, che
 from lit_compress.compress.layers import refuse_bare_string
 from lit_compress.compress.schedules import Ramp, Schedule
 from lit_compress.search.search_result import SearchResult, Space
+from lit_compress.search.settings import CandidateSettings
 
 __all__ = ["ChannelPruning"]
 
@@ -279,9 +280,10 @@ class ChannelPruning(pl.Callback):
         """Whether ``plan="searched"``."""
         return self._is_searched
 
-    def take_searched(self, result: SearchResult) -> None:
+    def take_searched(self, result: SearchResult, candidates: CandidateSettings) -> None:
         """Work with the plan that was found from now on."""
         self.goal = replace(self.goal, plan=result.plan)
+        mention_other_candidates(self.importance, self.reconstruct, candidates)
 
     # --- What is known ----------------------------------------------------------------------------
 

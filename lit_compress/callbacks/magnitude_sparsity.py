@@ -36,6 +36,7 @@ from lit_compress.compress.patterns import parse_pattern
 from lit_compress.compress.schedules import Ramp, Schedule
 from lit_compress.compress.sparsity_target import Allocation, FinalSparsity, SparsityTarget
 from lit_compress.search.search_result import SearchResult, Space
+from lit_compress.search.settings import CandidateSettings
 
 __all__ = ["MagnitudeSparsity"]
 
@@ -282,7 +283,7 @@ class MagnitudeSparsity(pl.Callback):
         """Whether ``final_sparsity="searched"``."""
         return self._is_searched
 
-    def take_searched(self, result: SearchResult) -> None:
+    def take_searched(self, result: SearchResult, candidates: CandidateSettings) -> None:
         """Work with the sparsities that were found from now on."""
         self._found = result
 

@@ -48,6 +48,7 @@ from lit_compress.compress.quantization.stored import (
     take_quantization,
 )
 from lit_compress.search.search_result import SearchResult, Space
+from lit_compress.search.settings import CandidateSettings
 
 __all__ = ["PostTrainingQuantization"]
 
@@ -218,7 +219,7 @@ class PostTrainingQuantization(pl.Callback):
         """Whether ``layer_bits="searched"``."""
         return self._is_searched
 
-    def take_searched(self, result: SearchResult) -> None:
+    def take_searched(self, result: SearchResult, candidates: CandidateSettings) -> None:
         """Work with the bits that were found from now on."""
         self.scheme = replace(self.scheme, layer_bits=found_bits(result))
 

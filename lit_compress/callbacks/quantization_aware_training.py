@@ -51,6 +51,7 @@ from lit_compress.compress.quantization.network import is_quantized, quantized_n
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 from lit_compress.compress.quantization.training_plan import Moment, QuantizationPlan
 from lit_compress.search.search_result import SearchResult, Space
+from lit_compress.search.settings import CandidateSettings
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -337,7 +338,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Whether ``layer_bits="searched"``."""
         return self._is_searched
 
-    def take_searched(self, result: SearchResult) -> None:
+    def take_searched(self, result: SearchResult, candidates: CandidateSettings) -> None:
         """Work with the bits that were found from now on."""
         self.scheme = replace(self.scheme, layer_bits=found_bits(result))
 

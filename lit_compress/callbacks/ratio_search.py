@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_compress.callbacks._network_calls import find_uncompiled_network
+from lit_compress.callbacks._processes import agreed, agreed_interrupts, in_first_process
 from lit_compress.callbacks._requirements import refuse_sharded_strategy, refuse_spawned_processes
 from lit_compress.callbacks._resident_validation import ResidentValidation, ValidationBatch
 from lit_compress.callbacks._search_candidates import (
@@ -66,7 +68,7 @@ class RatioSearch(pl.Callback):
 
     The score is the module's own validation metric, on examples split from the training data.
     Every episode meets the budget by construction. The search is saved after each episode and goes
-    on exactly where it was killed; Ctrl-C ends it with the best so far.
+    on exactly where it was killed; Ctrl-C ends it with the best so far, in all processes.
 
     Args:
         space: ``"channels"`` of each group of coupled layers, ``"sparsity"`` of each layer, or
@@ -105,7 +107,7 @@ class RatioSearch(pl.Callback):
     Example::
 
         search = RatioSearch(target_macs_ratio=0.5)
-        pruning = ChannelPruning(plan="searched", reconstruct=True)
+        pruning = ChannelPruning(plan="searched", importance="group", reconstruct=True)
         Trainer(max_epochs=6, callbacks=[search, pruning]).fit(model, datamodule)
     """
 
@@ -193,7 +195,7 @@ class RatioSearch(pl.Callback):
             trainer.fit_loop.setup_data()
             with _undisturbed(pl_module):
                 self.result = self._search(trainer, pl_module)
-        takers = hand_over(trainer, self.result)
+        takers = hand_over(trainer, self.result, self.candidates)
         if takers:
             rank_zero_info(f"{type(self).__name__}: {' and '.join(takers)} take what was found.")
 
@@ -237,7 +239,7 @@ class RatioSearch(pl.Callback):
         dense = score(copied)
 
         sample = TrainingSample(trainer, pl_module, network, num_sample)
-        setting = trainer.strategy.broadcast(self._setting(network, batches), src=0)
+        setting = agreed(trainer, self._setting(network, batches))
         folder = self._folder(trainer, setting)
         space = candidate_space(
             trainer, network, self.space, self.target, self.candidates, sample,
@@ -253,8 +255,15 @@ class RatioSearch(pl.Callback):
         evaluate = Evaluator(
             space.network, score, mode, race=self.scoring.race and self.reward == "score"
         )
-        progress = SearchProgress(trainer, self.num_episodes)
-        try:
+        with (
+            closing(SearchProgress(trainer, self.num_episodes)) as progress,
+            agreed_interrupts(trainer) as raise_if_interrupted,
+        ):
+
+            def after_episode(so_far: SearchResult) -> None:
+                progress(so_far)
+                raise_if_interrupted()
+
             result = search_ratios(
                 task,
                 self._make_searcher(problem, rules, evaluate, mode),
@@ -262,15 +271,14 @@ class RatioSearch(pl.Callback):
                 1 if trainer.fast_dev_run else self.num_episodes,  # type: ignore[attr-defined]
                 state_file=folder / "state.pt",
                 saves=trainer.is_global_zero,
-                on_episode=progress,
-                agree=lambda proposal: _agreed(trainer, proposal),
+                on_episode=after_episode,
+                agree=partial(agreed, trainer),
                 settle=lambda choice: exact(space.network(choice)).value,
             )
-        finally:
-            progress.close()
         winner = result.best_episode  # raises where none finished, with the last failure
         if self.target.target_latency_ms is not None:
-            found = measured_latency_ms(space.network(winner.choice), sample)
+            chosen = space.network(winner.choice)
+            found = in_first_process(trainer, lambda: measured_latency_ms(chosen, sample))
             result = replace(
                 result, setting={**result.setting, "winner measured": f"{found:.4g} ms"}
             )
@@ -302,7 +310,7 @@ class RatioSearch(pl.Callback):
         if self.scoring.precision != "auto":
             return self.scoring.precision == "bf16"
         file = folder / "precision.txt"
-        decided = trainer.strategy.broadcast(file.read_text() if file.is_file() else "", src=0)
+        decided = agreed(trainer, file.read_text() if file.is_file() else "")
         if decided not in ("bf16", "trainer"):
             few = [rules[0], rules[len(rules) // 2], rules[-1]]
             agrees = score.agrees_in_bf16([space.network(proposal.choice) for proposal in few])
@@ -345,13 +353,6 @@ def _undisturbed(pl_module: pl.LightningModule) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _agreed(trainer: pl.Trainer, proposal: Proposal) -> Proposal:
-    if trainer.world_size == 1:
-        return proposal
-    agreed: Proposal = trainer.strategy.broadcast(proposal, src=0)
-    return agreed
 
 
 def _full_costs(space: CandidateSpace) -> dict[str, float]:

@@ -3,7 +3,10 @@
 import csv
 import json
 import random
+import re
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +134,26 @@ class Whole(Small):
 
     def forward(self, x):
         return self.scale * self.model(x)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "candidates", "says"),
+    [
+        ({}, {}, "importance='group' and reconstruct=True, .*='l2' and reconstruct=False"),
+        ({"importance": "group"}, {}, "reconstruct=True, .*='group' and reconstruct=False"),
+        ({"importance": "l1", "reconstruct": True}, {}, "='group' .*='l1' and reconstruct=True"),
+        ({"importance": "group", "reconstruct": True}, {}, None),
+        ({}, {"importance": "l2", "num_calibration_batches": 0}, None),
+    ],
+)
+def test_a_cut_that_differs_from_the_candidates_is_told(pruning, candidates, says):
+    found = search(num_episodes=1, candidates=replace(FEW, **candidates))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(found, ChannelPruning(plan="searched", **pruning), max_steps=1)
+    told = [str(w.message) for w in caught if "the plan was found with" in str(w.message)]
+    assert len(told) == (says is not None)
+    assert all(re.search(says, text) for text in told)
 
 
 @pytest.mark.parametrize("space", ["channels", "sparsity"])

@@ -1,6 +1,7 @@
 """A search in two gloo processes; this file is also the script that they run."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,22 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_compress import ChannelPruning, MagnitudeSparsity
+from lit_compress.callbacks import _search_candidates
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings
 from tests.callbacks.search_fits import Small, episodes, fit, images, loader, search
 from tests.distributed.launch import report, run_in_two_processes
 
-CHECKS = ["one result", "one network", "work is shared", "one failure of all", "sparsity", "again"]
+CHECKS = [
+    "one result",
+    "one network",
+    "work is shared",
+    "one failure of all",
+    "sparsity",
+    "again",
+    "latency",
+    "interrupted",
+]
 PLAIN = CandidateSettings(round_to=2, num_calibration_batches=0)
 
 
@@ -42,6 +53,28 @@ class FailsInOne(Small):
     def on_validation_epoch_end(self):
         if FailsInOne.calls == 6 + int(os.environ["RANK"]):
             raise RuntimeError("at the end")
+
+
+class InterruptedInOne(Small):
+    """Ctrl-C comes to one of the processes only, in the middle of an evaluation."""
+
+    calls = 0
+
+    def validation_step(self, batch, batch_idx):
+        InterruptedInOne.calls += 1
+        if InterruptedInOne.calls == 8 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGINT)
+        super().validation_step(batch, batch_idx)
+
+
+def one_ms_a_channel(kept):
+    """In the place of a table of latencies."""
+    return kept.sum(1).double()
+
+
+def in_place_of_timing(groups, network, run, cache):
+    assert os.environ["RANK"] == "0", "another process measures"
+    return one_ms_a_channel
 
 
 def in_two(*callbacks, **settings):
@@ -92,6 +125,26 @@ def main(folder: Path) -> None:
     again = search(candidates=PLAIN, folder=folder / "two")
     in_two(again, max_epochs=0, module=Counting)
     checks.append(of(again.result) == of(shared.result) and alike(run, of(again.result)))
+
+    _search_candidates.LatencyTable.measure = in_place_of_timing
+    in_ms = search(None, target_latency_ms=15.0, candidates=PLAIN)
+    _, run = in_two(in_ms, max_epochs=0)
+    setting = in_ms.result.setting["winner measured"]
+    checks.append(
+        alike(run, (of(in_ms.result), setting)) and sum(in_ms.result.values.values()) <= 15
+    )
+
+    stopped = search(
+        num_episodes=100,
+        searcher="random",
+        candidates=replace(PLAIN, round_to=1),
+        folder=folder / "stopped",
+    )
+    before = signal.getsignal(signal.SIGINT)
+    _, run = in_two(stopped, module=InterruptedInOne, max_epochs=0)
+    handler_is_back = signal.getsignal(signal.SIGINT) is before
+    some = 2 < len(stopped.result.episodes) < 50
+    checks.append(alike(run, of(stopped.result)) and some and handler_is_back)
     report(folder, dict(zip(CHECKS, checks, strict=True)))
 
 

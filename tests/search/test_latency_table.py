@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 from dataclasses import replace
 
@@ -483,3 +484,6 @@ def test_a_real_measurement_leaves_the_network_as_it_was():
     assert 0 < float(table(torch.tensor([[1, 1]]))[0]) <= table.dense_ms * (1 + 1e-12) < 1e3
     assert "thread" in table.device
     assert torch.__version__ in table.device
+    again = pickle.loads(pickle.dumps(table))  # as it goes to the other processes of a run
+    every = torch.cartesian_prod(*(torch.arange(1, g.num_channels + 1) for g in groups.groups))
+    assert torch.equal(again(every), table(every))
