@@ -15,7 +15,6 @@ from lit_compress.callbacks._method_wrapping import MethodWrapper
 from lit_compress.callbacks._weight_averages import averaged_modules
 from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.compress.layers import plain_name
-from lit_compress.compress.quantization.affine import affine_parameters
 from lit_compress.compress.quantization.network import (
     Quantization,
     attach,
@@ -25,7 +24,7 @@ from lit_compress.compress.quantization.network import (
     quantized_network,
     remove_quantization,
 )
-from lit_compress.compress.quantization.quantizers import ActivationQuantizer, Quantizer
+from lit_compress.compress.quantization.quantizers import Quantizer
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
 __all__ = [
@@ -147,7 +146,6 @@ def follow_in_average(
             buffer.copy_(ranges[name])
 
 
-@torch.no_grad()
 def agree_on_ranges(
     trainer: pl.Trainer, quantization: Quantization, also_learned: bool = False
 ) -> None:
@@ -158,21 +156,13 @@ def agree_on_ranges(
         quantization: A network's quantizers, the same in each process.
         also_learned: Whether learned scales start anew from these ranges.
     """
-    grid = quantization.scheme.activation_grid
-    found = [
-        quantizer
-        for quantizer in quantization.activations.values()
-        if isinstance(quantizer, ActivationQuantizer) and (also_learned or not quantizer.learned)
-    ]
-    if trainer.world_size == 1 or grid is None or not found:
+    if trainer.world_size == 1:
         return
-    ends = torch.stack([torch.stack([q.low for q in found]), torch.stack([q.high for q in found])])
-    low, high = trainer.strategy.reduce(ends, reduce_op="mean")
-    scales, zero_points = affine_parameters(low, high, grid, checked=False)
-    for index, quantizer in enumerate(found):
-        quantizer.low.copy_(low[index])
-        quantizer.high.copy_(high[index])
-        quantizer.set_scale(scales[index], zero_points[index])
+
+    def mean(ends: Tensor) -> Tensor:
+        return trainer.strategy.reduce(ends, reduce_op="mean")
+
+    quantization.map_ranges(mean, also_learned)
 
 
 class FrozenBatchNorms:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
-from lit_compress.compress.quantization.affine import MIN_BITS
+from lit_compress.compress.quantization.affine import MIN_BITS, affine_parameters
 from lit_compress.compress.quantization.calls import (
     input_name,
     layer_arguments,
@@ -105,6 +105,28 @@ class Quantization(nn.Module):
             yield
         finally:
             self._observers = {}
+
+    @torch.no_grad()
+    def map_ranges(self, change: Callable[[Tensor], Tensor], also_learned: bool = False) -> None:
+        """Change the ranges of all activations that are observed, with the scales that follow.
+
+        Args:
+            change: Takes the ends of the ranges, lower ones first, shape ``[2, num_ranges]``, NaN
+                where nothing was observed, and gives what they are to be, of the same shape.
+            also_learned: Whether learned scales start anew from their ranges.
+        """
+        grid = self.scheme.activation_grid
+        observed = [q for q in self.activations.values() if isinstance(q, ActivationQuantizer)]
+        found = [q for q in observed if also_learned or not q.learned]
+        if grid is None or not found:
+            return
+        ends = [torch.stack([q.low for q in found]), torch.stack([q.high for q in found])]
+        low, high = change(torch.stack(ends))
+        scales, zero_points = affine_parameters(low, high, grid, checked=False)
+        for index, quantizer in enumerate(found):
+            quantizer.low.copy_(low[index])
+            quantizer.high.copy_(high[index])
+            quantizer.set_scale(scales[index], zero_points[index])
 
     def unready(self, with_outputs: bool = False) -> list[str]:
         """Activations that no calibration batch reached.

@@ -736,3 +736,37 @@ def test_attributes_and_methods_of_the_network_stay():
     assert net.num_classes == 4
     assert net.features() == "features"
     assert EPS == 1e-3
+
+
+# --- Ranges of all activations at once ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("also_learned", [False, True])
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_ranges_are_changed_at_once_and_scales_follow(ranges, also_learned):
+    net, _ = quantized("residual", activation_ranges=ranges)
+    quantization = quantized_network(net)
+    quantizers = list(quantization.activations.values())
+    before = [(q.low.clone(), q.high.clone(), q.scale.detach().clone()) for q in quantizers]
+    seen = []
+
+    def twice(ends):
+        seen.append(ends.shape)
+        return 2 * ends
+
+    quantization.map_ranges(twice, also_learned)
+    assert any(q.learned for q in quantizers) == (ranges == "learned")
+    changed = [also_learned or not quantizer.learned for quantizer in quantizers]
+    assert seen == [(2, sum(changed))] * any(changed)
+    for quantizer, (low, high, scale), doubled in zip(quantizers, before, changed, strict=True):
+        times = 2 if doubled else 1
+        assert torch.equal(quantizer.low, low * times)
+        assert torch.equal(quantizer.high, high * times)
+        assert torch.allclose(quantizer.scale, scale * times)
+        assert quantizer.ready
+
+
+def test_ranges_of_nothing_observed_are_left_alone():
+    net, _ = quantized("residual", activation_ranges="dynamic")
+    quantized_network(net).map_ranges(lambda ends: pytest.fail("there are none"))
+    assert is_quantized(net)
