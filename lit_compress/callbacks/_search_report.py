@@ -16,6 +16,7 @@ from lit_compress.callbacks import tracking
 from lit_compress.callbacks._searched import found_bits, found_sparsities
 from lit_compress.files import write_text
 from lit_compress.search.search_result import Episode, SearchResult
+from lit_compress.search.search_table import episode_rows
 
 __all__ = ["SearchProgress", "report_search", "save_solution"]
 
@@ -71,8 +72,8 @@ class SearchProgress:
 def report_search(trainer: pl.Trainer, result: SearchResult, folder: Path) -> None:
     """Print a result, write it into a folder, and log it.
 
-    W&B gets the levels of each layer as a table, the picture, and result and solution as an
-    artifact; TensorBoard the table as text.
+    W&B gets the levels of each layer and all episodes as tables, the picture, and result and
+    solution as an artifact; TensorBoard the tables as text.
 
     Args:
         trainer: The Trainer.
@@ -94,6 +95,8 @@ def report_search(trainer: pl.Trainer, result: SearchResult, folder: Path) -> No
         for d in result.decisions
     ]
     tracking.log_table(trainer, "search/layers", ("layer", "full", "kept", "ratio"), rows)
+    header, *episodes = episode_rows(result)
+    tracking.log_table(trainer, "search/episodes", [str(name) for name in header], episodes)
     tracking.log_images(trainer, "search/result", pictures)
     metadata = {"score": result.best_episode.score, **result.best_episode.costs}
     tracking.log_artifact(trainer, "ratio-search", "search", files, metadata)

@@ -11,7 +11,7 @@ from lit_compress.measure.table import UNKNOWN, Quantity, aligned, count, megaby
 if TYPE_CHECKING:
     from lit_compress.search.search_result import Episode, SearchResult
 
-__all__ = ["decision_rows", "search_table", "source_rows"]
+__all__ = ["decision_rows", "episode_rows", "search_table", "source_rows"]
 
 _BAR = 20  # characters of a layer that is kept whole
 _KEPT = {"channels": "kept", "sparsity": "density", "bits": "bits"}
@@ -38,6 +38,26 @@ def decision_rows(result: SearchResult) -> list[list[str]]:
         filled = max(1, round(_BAR * ratio))
         bar = "█" * filled + "░" * (_BAR - filled)
         rows.append([decision.name, f"{decision.full:g}", f"{value:.4g}", f"{ratio:.1%}", bar])
+    return rows
+
+
+def episode_rows(result: SearchResult) -> list[list[str | int | float | bool | None]]:
+    """All episodes as numbers, for a table that is sorted and drawn elsewhere.
+
+    Columns are episode, source, metric, reward, whether it was evaluated to its end, and every cost
+    relative to the dense model's; the dense model is the row with the source ``"dense"``. What is
+    not known is ``None``.
+    """
+    costs = list(result.dense_costs)
+    header = ["episode", "source", result.metric, "reward", "complete"]
+    rows: list[list[str | int | float | bool | None]] = [
+        [*header, *(f"{cost}_ratio" for cost in costs)],
+        [None, "dense", _known(result.dense_score), None, True, *(1.0 for _ in costs)],
+    ]
+    for episode in result.episodes:
+        numbers = (_known(episode.score), _known(episode.reward), episode.complete)
+        ratios = (_known(result.cost_ratio(episode, cost)) for cost in costs)
+        rows.append([episode.number, episode.source, *numbers, *ratios])
     return rows
 
 
@@ -98,6 +118,10 @@ def _counts(result: SearchResult) -> str:
         f"{number} episode{'' if number == 1 else 's'}, {result.num_failed} failed, "
         f"{result.num_given_up} given up early, {result.cpu_seconds:,.1f} s of CPU time"
     )
+
+
+def _known(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def _show(cost: str) -> Callable[[float], str]:

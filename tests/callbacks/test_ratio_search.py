@@ -462,6 +462,9 @@ def test_wandb_gets_rows_table_picture_and_artifact(monkeypatch):
         ["0", 12, found.result.values["0"]],
         ["3", 16, found.result.values["3"]],
     ]
+    columns, rows = logger.sent["search/episodes"]
+    assert columns[:5] == ["episode", "source", "val_acc", "reward", "complete"]
+    assert [row[0] for row in rows] == [None, 0, 1, 2, 3]
     assert logger.sent["search/result"] == ["found/search.png"]
     artifact = logger.sent["artifact"]
     assert (artifact.name, artifact.type) == ("ratio-search", "search")

@@ -147,8 +147,11 @@ def test_results_are_written_without_matplotlib(capsys, checkpoint, monkeypatch)
 
 def test_wandb_gets_episodes_table_plot_and_files(checkpoint, monkeypatch):
     pytest.importorskip("wandb")
-    sent, rows, finished = {}, [], []
-    for name in ("log_table", "log_images", "log_artifact"):
+    sent, tables, rows, finished = {}, [], [], []
+    monkeypatch.setattr(
+        _search_report.tracking, "log_table", lambda trainer, key, *_: tables.append(key)
+    )
+    for name in ("log_images", "log_artifact"):
         monkeypatch.setattr(
             _search_report.tracking,
             name,
@@ -162,7 +165,7 @@ def test_wandb_gets_episodes_table_plot_and_files(checkpoint, monkeypatch):
     monkeypatch.setattr(search.WandbLogger, "log_hyperparams", lambda *_, **__: None)
     assert main(["search", str(checkpoint), *HALF, "--num-episodes=2", "--wandb=project"]) == 0
     assert [row["search/episode"] for row in rows] == [0, 1]
-    assert sent["log_table"][0] == "search/layers"
+    assert tables == ["search/layers", "search/episodes"]
     assert {path.name for path in sent["log_artifact"][2]} == {"search.json", "plan.json"}
     assert finished == [1]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.search.problem import Decision
 from lit_compress.search.search_result import Episode, SearchResult
-from lit_compress.search.search_table import decision_rows, source_rows
+from lit_compress.search.search_table import decision_rows, episode_rows, source_rows
 
 DENSE = {"macs": 4e6, "num_params": 1000.0}
 CHANNELS = (Decision("stem", (8.0, 16.0), 16.0, (0.0, 0.5)), Decision("body", (8.0, 16.0), 32.0))
@@ -301,3 +301,18 @@ def test_what_is_nearly_nothing_still_has_a_bar():
     decisions = (Decision("stem", (0.5, 1.0), 1.0), Decision("body", (0.001, 1.0), 1.0))
     bar = decision_rows(result(space="sparsity", decisions=decisions))[2][-1]
     assert bar == "█" + "░" * 19
+
+
+def test_all_episodes_are_rows_of_numbers():
+    header, dense, *rows = episode_rows(result())
+    assert header == [
+        "episode", "source", "val_acc", "reward", "complete", "macs_ratio", "num_params_ratio",
+    ]  # fmt: skip
+    assert dense == [None, "dense", 0.9, None, True, 1.0, 1.0]
+    assert rows == [
+        [0, "uniform", 0.6, 0.6, True, 0.5, None],
+        [1, "ddpg", 0.95, 0.95, False, 0.5, None],
+        [2, "ddpg", 0.8, 0.8, True, 0.375, 0.4],
+        [3, "ddpg", None, None, False, None, None],
+        [4, "ddpg", 0.7, 0.7, True, 0.5, None],
+    ]
