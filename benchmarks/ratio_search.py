@@ -6,7 +6,7 @@ stopped (several may run at the same time):
 - ``search``: channels of MobileNet-v1 and Plain-20 under budgets of multiply-adds;
 - ``tuning``: the plans that were found, tuned beside uniform ones;
 - ``sparsity``: densities of the weights of ResNet-20, searched and trained;
-- ``uniform``: the same with one density for all layers, with and without distillation.
+- ``rules``: the same with densities by rules of thumb.
 
 ``ratio_search_bars.py`` holds the bars.
 
@@ -46,7 +46,7 @@ from ratio_search_training import Settings as TrainingSettings
 from ratio_search_training import Sparse, Tuning
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "ratio_search.json"
-PARTS = ("search", "tuning", "sparsity", "uniform")
+PARTS = ("search", "tuning", "sparsity", "rules")
 
 Point: TypeAlias = Search | Tuning | Sparse
 
@@ -120,7 +120,7 @@ def points(part: str) -> list[Point]:
         return [*ratio_search_runs.channel_searches()]
     if part == "tuning":
         return [*ratio_search_training.tunings()]
-    if part == "uniform":
+    if part == "rules":
         return [p for p in ratio_search_training.sparse_runs() if "searched" not in p.method]
     trained = [p for p in ratio_search_training.sparse_runs() if "searched" in p.method]
     return [*ratio_search_runs.sparsity_searches(), *trained]

@@ -88,8 +88,10 @@ on the 10,000 test images; mean ± standard deviation over {len(SEEDS)} seeds;
 ResNet-20, one search of {search["num_sparsity_episodes"]} episodes a level (seed 1; reward: the
 images of above, weights by least squares and batch norm statistics of one batch, no training), then
 trained as in the section on sparsity and distillation above, but for one epoch, so that these
-numbers are lower than those there. Top-1 in percent on the test images; {num_sparse} of
-{len(sparse_runs())} runs were made, the seeds in turn, and a mean without a deviation is of one.
+numbers are lower than those there. `uniform` is the same density in all layers, `global` what one
+threshold of magnitude for all layers leaves in each: as a rule of thumb, which the search begins
+with, within the search's bounds; in training, without them and decided anew as weights change.
+Top-1 in percent on the test images; {num_sparse} of {len(sparse_runs())} runs were made.
 
 {sparsity_table(results)}
 
@@ -184,20 +186,20 @@ def tuning_table(results: dict[str, Any]) -> str:
 
 
 def sparsity_table(results: dict[str, Any]) -> str:
-    """Searched and uniform densities."""
+    """Searched densities beside those of rules of thumb: rewards, and top-1 after training."""
     lines = [
-        "| sparsity | uniform | uniform + distillation | searched + distillation "
-        "| best reward of the search | reward of uniform |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| sparsity | densities | reward | trained alone | trained with distillation |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for level in SPARSITIES:
-        own = [
-            spread(top1s(results["sparse"], target=level, method=method))
-            for method in ("uniform", "uniform+distillation", "searched+distillation")
-        ]
         search = search_of(results, "resnet20", "sparsity", level, "ddpg", 1)
-        cells = [f"{100 * level:g} %", *own, *_rewards(search)]
-        lines.append(f"| {' | '.join(cells)} |")
+        for densities in ("uniform", "global", "searched"):
+            trained = [
+                spread(top1s(results["sparse"], target=level, method=method))
+                for method in (densities, f"{densities}+distillation")
+            ]
+            cells = [f"{100 * level:g} %", densities, _reward(search, densities), *trained]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -233,11 +235,14 @@ def _cells(found: Sequence[dict[str, Any]]) -> str:
     return f"| {spread(scores, 4)} | {max(ratios):.3f} | {spread(seconds)} |"
 
 
-def _rewards(search: dict[str, Any] | None) -> tuple[str, str]:
+def _reward(search: dict[str, Any] | None, densities: str) -> str:
+    """Of a search, or of one of the rules that it began with."""
     if search is None:
-        return "–", "–"
-    uniform = search["best_by_source"].get("uniform")
-    return f"{search['best_score']:.4f}", f"{uniform['score']:.4f}" if uniform else "–"
+        return "–"
+    if densities == "searched":
+        return f"{search['best_score']:.4f}"
+    rule = search["best_by_source"].get(densities)
+    return f"{rule['score']:.4f}" if rule else "–"
 
 
 def _shown(number: float, digits: int) -> str:

@@ -5,14 +5,14 @@
 order. They differ in the plan: ``searched`` by the search of the same seed, or ``uniform``.
 
 ``sparsity``: densities of the weights of ResNet-20, trained as in ``sparsity_distillation.py`` but
-for one epoch, with the layers' densities as searched or the same for all. (That study has three
-epochs and compares magnitudes across layers, so its numbers are not to be held against these.)
+for one epoch (there three), with the layers' densities as searched, the same for all, or as one
+threshold of magnitude for all layers leaves them (``global``).
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,7 +28,12 @@ from lit_compress.tasks import CIFAR10JPEGDataModule
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 TUNED_METHODS = ("searched", "uniform")
-SPARSE_METHODS = ("searched+distillation", "uniform+distillation", "uniform")
+SPARSE_METHODS = (
+    "searched+distillation",
+    "uniform+distillation",
+    "uniform",
+    "global+distillation",
+)
 SPARSE_SETTINGS = sparsity_distillation.Settings(allocation="uniform", epochs=1)
 
 
@@ -158,10 +163,13 @@ def train_sparse(
 
     Args:
         point: The run.
-        search: Whose densities it has; ``None`` for the uniform methods.
+        search: Whose densities it has; ``None`` for the rules of thumb.
         settings: The rest.
     """
-    method = "sparsity+distillation" if "distillation" in point.method else "sparsity"
+    densities, _, distillation = point.method.partition("+")
+    if densities == "global":
+        settings = replace(settings, allocation="global")
+    method = f"sparsity+{distillation}" if distillation else "sparsity"
     run = sparsity_distillation.Point(method, point.target, point.seed)
     sparsities = None if search is None else sparsities_of(search)
     return sparsity_distillation.train(run, settings, sparsities) | asdict(point)

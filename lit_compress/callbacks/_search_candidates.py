@@ -10,7 +10,7 @@ from typing import Protocol
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_compress.callbacks._channel_scores import channel_scores, run_network
 from lit_compress.callbacks._processes import in_first_process, summed
@@ -38,6 +38,9 @@ _BATCH_NORM_BATCHES = 1
 
 class CandidateSpace(Protocol):
     """Makes a problem, and the networks of its choices."""
+
+    worth: tuple[Tensor, ...] | None
+    """For each decision what every part of it is worth, if that is known."""
 
     @property
     def costs(self) -> Mapping[str, Cost]:

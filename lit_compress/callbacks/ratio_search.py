@@ -249,7 +249,7 @@ class RatioSearch(pl.Callback):
         task = SearchTask(
             self.space, problem, metric, mode, dense.value, self.reward, self.tolerance, setting
         )
-        rules = rules_of_thumb(problem)
+        rules = rules_of_thumb(problem, worth=space.worth)
         score.in_bf16 = self._in_bf16(trainer, score, space, rules, folder)
         exact = ResidentScore(trainer, validation, metric, len(batches))
         evaluate = Evaluator(

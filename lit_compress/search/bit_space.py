@@ -51,6 +51,7 @@ class BitSpace:
     """
 
     name = "bits"
+    worth: tuple[Tensor, ...] | None = None
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class ChannelSpace:
     """
 
     name = "channels"
+    worth: tuple[Tensor, ...] | None = None
 
     def __init__(
         self,

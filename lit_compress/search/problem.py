@@ -244,14 +244,27 @@ class RatioProblem:
                 f"the shape is {list(shape)[:8]}, expected {len(self.decisions)} finite numbers of "
                 "at least 0."
             )
+        whole = 1.0 / max(min((s for s in shape if s > 0), default=1.0), 1e-3)
+        return self.along(lambda place: [min(place * whole * share, 1.0) for share in shape])
+
+    def along(self, path: Callable[[float], Sequence[float]]) -> Choice:
+        """The choice nearest to the farthest place on a path that the budget allows.
+
+        Args:
+            path: From a place in [0, 1] to the ratios of all decisions, none of which falls where
+                the place rises.
+
+        Returns:
+            The choice, with what is left of the budget spent; without a budget, everything kept.
+        """
         if self.budget is None:
             return self.highest
 
-        def at(scale: float) -> Choice:
-            pairs = zip(self.decisions, shape, strict=True)
-            return tuple(decision.nearest(min(scale * share, 1.0)) for decision, share in pairs)
+        def at(place: float) -> Choice:
+            pairs = zip(self.decisions, path(place), strict=True)
+            return tuple(decision.nearest(ratio) for decision, ratio in pairs)
 
-        below, above = 0.0, 1.0 / max(min((s for s in shape if s > 0), default=1.0), 1e-3)
+        below, above = 0.0, 1.0
         if self.meets(at(above)):
             return self.filled(at(above))
         for _ in range(40):

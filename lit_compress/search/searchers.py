@@ -22,6 +22,7 @@ __all__ = [
     "RandomSearcher",
     "RulesSearcher",
     "Searcher",
+    "ranking",
     "rules_of_thumb",
     "sensitivity_proposals",
     "sensitivity_shape",
@@ -62,26 +63,62 @@ class Searcher(Protocol):
         """Go on from :meth:`state_dict`, exactly."""
 
 
-def rules_of_thumb(problem: RatioProblem, num_each: int = 21) -> list[Proposal]:
-    """The policies that AMC is compared with (He et al. 2018, figures 2 and 3).
+def rules_of_thumb(
+    problem: RatioProblem, num_each: int = 21, worth: Sequence[Tensor] | None = None
+) -> list[Proposal]:
+    """The policies that AMC is compared with (He et al. 2018, figures 2 and 3), and a ranking.
 
     Args:
         problem: The problem.
         num_each: Shallow and deep policies each, at least 0.
+        worth: For each decision what every part of it is worth, any shape, where that compares
+            over decisions.
 
     Returns:
         ``"uniform"``: one ratio for all. ``"deep"``: ratios fall from the first decision to the
         last along straight lines of rising steepness, the last of which ends at 0. ``"shallow"``:
-        the same the other way round. Each as large as the budget allows; duplicates dropped.
+        the same the other way round. ``"global"``, where ``worth`` is given: each decision keeps
+        its share of what is worth most in all of them. Each as large as the budget allows;
+        duplicates dropped.
     """
     count = len(problem.decisions)
     proposals = [Proposal(problem.scaled([1.0] * count), "uniform")]
+    if worth is not None:
+        proposals.append(Proposal(problem.along(ranking(worth)), "global"))
     for index in range(num_each):
         steepness = (index + 1) / num_each
         falling = [1 - steepness * step / max(count - 1, 1) for step in range(count)]
         proposals.append(Proposal(problem.scaled(falling), "deep"))
         proposals.append(Proposal(problem.scaled(falling[::-1]), "shallow"))
     return list({(p.choice, p.source): p for p in proposals}.values())
+
+
+def ranking(worth: Sequence[Tensor]) -> Callable[[float], list[float]]:
+    """The path on which decisions keep what is worth most in all of them together.
+
+    Args:
+        worth: For each decision what every part of it is worth, of any shape, not empty.
+
+    Returns:
+        From a share of all parts, in [0, 1], to the share of each decision's own parts that are
+        among them.
+
+    Examples:
+        >>> path = ranking([torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0, 4.0, 0.0])])
+        >>> path(0.5)
+        [0.5, 0.5]
+    """
+    rising = [values.detach().flatten().double().sort().values for values in worth]
+    of_all = torch.cat(rising).sort().values
+
+    def at(place: float) -> list[float]:
+        kept = round(place * len(of_all))
+        if kept == 0:
+            return [0.0] * len(rising)
+        least = of_all[len(of_all) - kept]
+        return [1 - int(torch.searchsorted(own, least)) / len(own) for own in rising]
+
+    return at
 
 
 def sensitivity_shape(

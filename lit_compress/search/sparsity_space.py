@@ -35,6 +35,7 @@ class SparsitySpace:
     Attributes:
         sizes: Weights of each layer.
         budget: What the target leaves: the cost ``"weights"``.
+        worth: The magnitudes of each layer's weights.
 
     Raises:
         ValueError: If an argument is out of range, or a layer is not in the network.
@@ -61,6 +62,7 @@ class SparsitySpace:
         self.sizes = {name: weight.numel() for name, weight in weights.items()}
         self.target_sparsity = float(target_sparsity)
         self._copies = copies
+        self.worth: tuple[Tensor, ...] | None = tuple(w.detach().abs() for w in weights.values())
         described = layer_features(network, layers, layer_macs)
         self.decisions = tuple(
             Decision(name, density_levels(size, target_sparsity, num_levels), 1.0, features)

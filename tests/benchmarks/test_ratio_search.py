@@ -46,7 +46,7 @@ def made_up(search, score=0.906, ratio=0.499, cpu=0.4, rules=RULES):
     }
 
 
-def results(tuned=(0.85, 0.84), sparse=(0.87, 0.86, 0.85), seeds=(1, 2, 3), **changes):
+def results(tuned=(0.85, 0.84), sparse=(0.87, 0.86, 0.85, 0.84), seeds=(1, 2, 3), **changes):
     searches = [made_up(s, **changes) for s in runs.channel_searches() if s.seed in seeds]
     sparsities = [made_up(s, 0.8, 0.2) for s in runs.sparsity_searches()]
     tops = dict(zip(training.TUNED_METHODS, tuned, strict=True))
@@ -122,7 +122,9 @@ def test_the_section_shows_what_was_measured():
     assert "| MobileNet-v1 (0.5) | 0.5 | random search, seed 1 | 0.9060 | 0.499 | 0.40 |" in said
     assert "| Plain-20 | 0.5 | seed 2 | 8, 32 |" in said
     assert "| Plain-20 | 0.5 | searched | 0.500 | 50.00 ± 0.00 | 85.00 ± 0.00 |" in said
-    assert "| 95 % | 85.20 ± 0.10 | 86.20 ± 0.10 |" in said
+    assert "| 95 % | uniform | 0.8600 | 85.20 ± 0.10 | 86.20 ± 0.10 |" in said
+    assert "| 95 % | global | – | – | 84.20 ± 0.10 |" in said
+    assert "| 95 % | searched | 0.8000 | – | 87.20 ± 0.10 |" in said
     assert "**missed**" not in said
     assert "**missed**" in tables.section(results(cpu=2.0))
 
@@ -130,7 +132,7 @@ def test_the_section_shows_what_was_measured():
 def test_the_section_of_a_study_that_has_not_begun_has_gaps():
     said = tables.section(ratio_search.empty(ratio_search.Settings()))
     assert "| – | **not measured** |" in said
-    assert "| 80 % | – | – |" in said
+    assert "| 80 % | uniform | – | – | – |" in said
 
 
 def test_the_page_holds_the_section_once_there_are_results(monkeypatch, tmp_path):
@@ -185,7 +187,7 @@ def test_every_bar_has_its_runs():
         *judged.CASES
     }
     everything = [point for part in ratio_search.PARTS for point in ratio_search.points(part)]
-    assert len(everything) == len(set(everything)) == 15 + 12 + 12 + 18
+    assert len(everything) == len(set(everything)) == 15 + 12 + 12 + 27
 
 
 # --- The runs -------------------------------------------------------------------------------------
@@ -304,6 +306,10 @@ def test_searched_densities_are_trained_as_the_other_study_trains(monkeypatch):
     (uniform,) = seen[1]
     assert (uniform.target.final, uniform.target.allocation) == (0.9, "uniform")
     assert uniform.schedule == sparsity.schedule
+    training.train_sparse(training.Sparse("global+distillation", 0.9, 2), None)
+    _, by_threshold = seen[2]
+    assert (by_threshold.target.final, by_threshold.target.allocation) == (0.9, "global")
+    assert by_threshold.schedule == sparsity.schedule
     assert type(distillation).__name__ == "Distillation"
 
 

@@ -80,6 +80,15 @@ def test_a_scaled_shape_meets_the_budget_and_spends_it(problem, data):
     assert_meets_and_spends(problem, problem.scaled(shape))
 
 
+@given(problems(), st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_farthest_place_on_a_path_meets_the_budget_and_spends_it(problem, data):
+    count = len(problem.decisions)
+    powers = data.draw(st.lists(st.floats(0.1, 10), min_size=count, max_size=count))
+    choice = problem.along(lambda place: [place**power for power in powers])
+    assert_meets_and_spends(problem, choice)
+
+
 @given(problems())
 @settings(deadline=None, max_examples=25)
 def test_rules_of_thumb_meet_the_budget_and_spend_it(problem):

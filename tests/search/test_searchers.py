@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lit_compress.search.searchers import (
     Proposal,
     RandomSearcher,
     RulesSearcher,
+    ranking,
     rules_of_thumb,
     sensitivity_proposals,
     sensitivity_shape,
@@ -72,6 +74,41 @@ def test_rules_of_thumb_are_uniform_falling_and_rising():
     assert shallow[-1] > 0.8
     assert max(uniform) - min(uniform) < 0.25
     assert [p.source for p in rules_of_thumb(PROBLEM, 0)] == ["uniform"]
+
+
+def test_what_is_worth_most_in_all_decisions_is_a_rule_where_that_is_known():
+    worth = [torch.full((32,), 9.0), *(torch.arange(n) / n for n in (64, 64, 96, 128))]
+    proposals = rules_of_thumb(PROBLEM, 1, worth)
+    assert [p.source for p in proposals] == ["uniform", "global", "deep", "shallow"]
+    first, *others = PROBLEM.ratios(proposals[1].choice)
+    assert first == 1.0
+    assert max(others) - min(others) < 0.3  # the same share of each, but for levels
+    assert PROBLEM.meets(proposals[1].choice)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=12), min_size=1, max_size=5),
+    st.floats(0, 1),
+)
+def test_a_ranking_keeps_what_is_worth_most(worth, place):
+    at = ranking([torch.tensor(values, dtype=torch.float32) for values in worth])
+    shares = at(place)
+    parts = sorted((value for values in worth for value in values), reverse=True)
+    number = round(place * len(parts))
+    least = parts[number - 1] if number else 51
+    kept = [sum(value >= least for value in values) for values in worth]
+    assert shares == pytest.approx([k / len(v) for k, v in zip(kept, worth, strict=True)])
+    assert at(0.0) == [0.0] * len(worth)
+    assert at(1.0) == [1.0] * len(worth)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6).map(sorted))
+def test_a_ranking_never_keeps_less_of_a_decision_farther_on(places):
+    generator = torch.Generator().manual_seed(1)
+    at = ranking([torch.rand(5, 3, generator=generator), torch.rand(40, generator=generator)])
+    shares = [at(place) for place in places]
+    for before, after in pairwise(shares):
+        assert all(a <= b for a, b in zip(before, after, strict=True))
 
 
 def test_rules_of_thumb_of_one_decision():

@@ -6,10 +6,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lit_compress.compress.patterns import Unstructured
 from lit_compress.compress.sparse_copies import SparseCopies
-from lit_compress.compress.sparsity import allocate_zeros
+from lit_compress.compress.sparsity import allocate_zeros, magnitude_masks
 from lit_compress.search.environment import walk
 from lit_compress.search.problem import Budget
+from lit_compress.search.searchers import rules_of_thumb
 from lit_compress.search.sparsity_space import (
     SparsitySpace,
     density_levels,
@@ -156,3 +158,20 @@ def test_bad_arguments_are_refused():
         exact_sparsities({"a": 0.5, "b": 0.5}, {"a": 10, "b": 10}, 0.95)
     with pytest.raises(ValueError, match=r"sparsity of 'a' is 1.0, .* in \[0, 1\)"):
         exact_sparsities({"a": 1.0}, {"a": 10}, 0.5)
+
+
+def test_magnitudes_of_all_layers_are_what_a_ranking_goes_by():
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"weak": nn.Linear(100, 4), "strong": nn.Linear(100, 4)})
+    with torch.no_grad():
+        network["strong"].weight.mul_(1.5)
+    copies = SparseCopies(network, list(network))
+    space = SparsitySpace(network, list(network), copies, {}, target_sparsity=0.5)
+    problem = space.problem(space.budget)
+    by_source = {p.source: p.choice for p in rules_of_thumb(problem, 1, space.worth)}
+    found = space.exact(by_source["global"])
+    masks = magnitude_masks({name: network[name].weight for name in network}, 400, Unstructured())
+    for name, mask in masks.items():
+        assert found[name] == pytest.approx(1 - float(mask.float().mean()), abs=0.02)
+    assert found["weak"] > found["strong"] + 0.1
+    assert space.exact(by_source["uniform"])["weak"] == pytest.approx(0.5, abs=0.01)
