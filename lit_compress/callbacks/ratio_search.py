@@ -87,8 +87,8 @@ class RatioSearch(pl.Callback):
         mode: Whether more of it is better; by default told by its name.
         num_episodes: Candidates that are tried, at least 1.
         searcher: ``"ddpg"``, which begins with the rules of thumb; ``"random"``; ``"rules"``
-            (uniform, shallow and deep alone); or ``"sensitivity"`` (ratios derived from what each
-            layer alone does to the score).
+            (uniform, shallow, deep, and for sparsity one threshold of magnitude, alone); or
+            ``"sensitivity"`` (ratios derived from what each layer alone does to the score).
         agent: What the DDPG agent learns with.
         candidates: How candidates are made.
         scoring: What they are scored on.

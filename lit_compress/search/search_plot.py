@@ -17,11 +17,12 @@ _COLORS = {
     "uniform": "#d1242f",
     "deep": "#1a7f37",
     "shallow": "#bf8700",
+    "global": "#0e7c86",
     "random": "#8250df",
     "sensitivity": "#bc4c00",
 }
-_OTHERS = ("#0e7c86", "#a0337f", "#57606a")
-_BASELINES = ("uniform", "deep", "shallow")
+_OTHERS = ("#57606a", "#a0337f", "#6e4b1f")
+_BASELINES = ("uniform", "deep", "shallow", "global")
 _LEGEND: dict[str, Any] = {"fontsize": 7, "framealpha": 0.8, "edgecolor": "none"}
 _KEPT = {"channels": "channels kept, %", "sparsity": "weights kept, %", "bits": "bits"}
 

@@ -28,8 +28,8 @@ class Episode:
 
     Attributes:
         number: From 0, in the order of the search.
-        source: Who proposed it: ``"uniform"``, ``"shallow"``, ``"deep"``, ``"random"``,
-            ``"sensitivity"``, ``"ddpg"``.
+        source: Who proposed it: ``"uniform"``, ``"shallow"``, ``"deep"``, ``"global"``,
+            ``"random"``, ``"sensitivity"``, ``"ddpg"``.
         choice: The index of the level of each decision.
         score: The user's metric; NaN where evaluation failed.
         reward: What the search maximises; NaN where evaluation failed.
