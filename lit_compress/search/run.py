@@ -122,31 +122,12 @@ def search_ratios(
     for name, number in (("num_episodes", num_episodes), ("num_finalists", num_finalists)):
         if number < 1:
             raise ValueError(f"{name} is {number}; expected at least 1.")
-    reward = reward_function(task.reward, task.mode)
     episodes: list[Episode] = []
     if state_file is not None and state_file.is_file():
         episodes = _restored(state_file, task, searcher, evaluate)
     try:
         while len(episodes) < num_episodes:
-            began = time.process_time()
-            proposal = agree(searcher.ask())
-            worth = evaluate(proposal.choice)
-            costs = task.problem.cost_of(proposal.choice)
-            gained = math.nan if worth.failure else reward(worth.score, costs)
-            searcher.tell(proposal, gained)
-            episodes.append(
-                Episode(
-                    len(episodes),
-                    proposal.source,
-                    proposal.choice,
-                    worth.score,
-                    gained,
-                    costs,
-                    worth.complete and worth.failure is None,
-                    worth.failure,
-                    time.process_time() - began,
-                )
-            )
+            episodes.append(_episode(len(episodes), task, searcher, evaluate, agree))
             if state_file is not None and saves:
                 _save(state_file, task, searcher, evaluate, episodes)
             if on_episode is not None:
@@ -161,6 +142,34 @@ def search_ratios(
         return _settled(task, result, settle, num_finalists)
     except KeyboardInterrupt:
         return result
+
+
+def _episode(
+    number: int,
+    task: SearchTask,
+    searcher: Searcher,
+    evaluate: Evaluator,
+    agree: Callable[[Proposal], Proposal],
+) -> Episode:
+    """Ask, evaluate, tell."""
+    began = time.process_time()
+    proposal = agree(searcher.ask())
+    worth = evaluate(proposal.choice)
+    costs = task.problem.cost_of(proposal.choice)
+    reward = reward_function(task.reward, task.mode)
+    gained = math.nan if worth.failure else reward(worth.score, costs)
+    searcher.tell(proposal, gained)
+    return Episode(
+        number,
+        proposal.source,
+        proposal.choice,
+        worth.score,
+        gained,
+        costs,
+        worth.complete and worth.failure is None,
+        worth.failure,
+        time.process_time() - began,
+    )
 
 
 def _settled(
