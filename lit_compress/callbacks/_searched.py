@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,11 +20,11 @@ __all__ = [
     "SEARCHED",
     "LayerBits",
     "TakesSearched",
+    "WayToCut",
     "declared_bits",
     "found_bits",
     "found_sparsities",
     "hand_over",
-    "mention_other_candidates",
     "refuse_layers",
     "refuse_waiting_in_vain",
 ]
@@ -104,24 +104,44 @@ def hand_over(
     return taken
 
 
-def mention_other_candidates(
-    importance: Importance, reconstruct: bool, candidates: CandidateSettings
-) -> None:
-    """Warn where channels are about to be cut in another way than those that were scored.
+class WayToCut(NamedTuple):
+    """How channels are cut, as far as the user said.
 
-    Args:
-        importance: Which channels stay when the model is cut.
-        reconstruct: Whether it gets new weights by least squares.
-        candidates: How the candidates of the search were cut.
+    Attributes:
+        importance: Which channels stay.
+        reconstruct: Whether the layers behind get new weights by least squares.
+        num_calibration_batches: Training batches for both.
     """
-    wanted = (candidates.importance, candidates.num_calibration_batches > 0)
-    if (importance, reconstruct) != wanted:
-        rank_zero_warn(
-            f"ChannelPruning: the plan was found with candidates cut by importance={wanted[0]!r} "
-            f"and reconstruct={wanted[1]}, and the model is cut by importance={importance!r} and "
-            f"reconstruct={reconstruct}, so that it scores otherwise than the search says. Give "
-            "both the same, here or in RatioSearch(candidates=CandidateSettings(...))."
-        )
+
+    importance: Importance | None
+    reconstruct: bool | None
+    num_calibration_batches: int | None
+
+    def filled(self, candidates: CandidateSettings | None = None) -> tuple[Importance, bool, int]:
+        """The same with nothing left open.
+
+        Args:
+            candidates: How those were cut that a plan was found with: so is the model, where the
+                user says nothing. Where he says something else, he is warned that the model scores
+                otherwise than the search says.
+        """
+        usual: tuple[Importance, bool, int] = ("l2", False, 8)
+        if candidates is not None:
+            batches = candidates.num_calibration_batches
+            usual = (candidates.importance, batches > 0, batches or 8)  # type: ignore[assignment]
+        importance = usual[0] if self.importance is None else self.importance
+        reconstruct = usual[1] if self.reconstruct is None else self.reconstruct
+        number = usual[2] if self.num_calibration_batches is None else self.num_calibration_batches
+        if candidates is not None and (importance, reconstruct) != usual[:2]:
+            theirs = f"importance={usual[0]!r} and reconstruct={usual[1]}"
+            ours = f"importance={importance!r} and reconstruct={reconstruct}"
+            rank_zero_warn(
+                f"ChannelPruning: the plan was found with candidates cut by {theirs}, and the "
+                f"model is cut by {ours}, so that it scores otherwise than the search says. Leave "
+                "both out, or give the search the same in "
+                "RatioSearch(candidates=CandidateSettings(...))."
+            )
+        return importance, reconstruct, number
 
 
 def refuse_layers(*given: object) -> None:

@@ -27,7 +27,7 @@ from lit_compress.callbacks._requirements import (
     refuse_spawned_processes,
 )
 from lit_compress.callbacks._run_clock import current_moment, resolved_moment, resolved_schedule
-from lit_compress.callbacks._searched import mention_other_candidates, refuse_waiting_in_vain
+from lit_compress.callbacks._searched import WayToCut, refuse_waiting_in_vain
 from lit_compress.callbacks._stage_order import (
     Stage,
     StageSpan,
@@ -92,7 +92,7 @@ class ChannelPruning(pl.Callback):
             within 5 %.
         allocation: How a ratio or target is shared: ``"uniform"`` (the same ratio everywhere) or
             ``"global"`` (the channels of least importance in the whole model).
-        importance: What the channels that stay have most of; the table in
+        importance: What the channels that stay have most of, by default ``"l2"``; the table in
             :func:`~lit_compress.compress.channels.importance.channel_importance`, or a function
             ``(network, groups) -> scores``.
         schedule: When channels go.
@@ -102,7 +102,9 @@ class ChannelPruning(pl.Callback):
         reconstruct: Whether to give the layers that lost inputs new weights by least squares (He et
             al. 2017, section 3.2), at each cut.
         recalibrate_batch_norm: Whether to take new running statistics at each cut.
-        num_calibration_batches: Training batches for whatever needs any of the above.
+        num_calibration_batches: Training batches for whatever needs any of the above, by default 8.
+            With ``plan="searched"``, the defaults of this, ``importance`` and ``reconstruct`` are
+            what the candidates of the search were cut with.
         round_to: Channels kept are multiples of it where a group has more, unless a target could
             not be met so.
         ignored_layers: Name patterns (within the network) of layers that keep their output
@@ -137,13 +139,13 @@ class ChannelPruning(pl.Callback):
         target_size_bytes: int | None = None,
         target_latency_ms: float | None = None,
         allocation: ChannelAllocation = "uniform",
-        importance: Importance = "l2",
+        importance: Importance | None = None,
         schedule: Schedule = Schedule("constant", begin=0, end=0, update_every=1),  # noqa: B008
         spread: Spread = "channels",
         penalty: ChannelPenalty | None = None,
-        reconstruct: bool = False,
+        reconstruct: bool | None = None,
         recalibrate_batch_norm: bool = False,
-        num_calibration_batches: int = 8,
+        num_calibration_batches: int | None = None,
         round_to: int = 8,
         ignored_layers: Sequence[str] | None = None,
     ) -> None:
@@ -152,18 +154,17 @@ class ChannelPruning(pl.Callback):
             pruning_ratio, plan, target_macs_ratio, target_params_ratio, target_size_bytes,
             target_latency_ms, allocation, round_to,
         )  # fmt: skip
-        check_importance(importance)
+        self._way_told = WayToCut(importance, reconstruct, num_calibration_batches)
+        self._take_way()
+        check_importance(self.importance)
         check_spread(spread)
-        check_count("num_calibration_batches", num_calibration_batches)
+        check_count("num_calibration_batches", self.num_calibration_batches)
         refuse_bare_string("ignored_layers", ignored_layers)
         self._is_searched = self.goal.waits_for_search
-        self.importance = importance
         self.schedule = schedule
         self.spread = spread
         self.penalty = penalty
-        self.reconstruct = reconstruct
         self.recalibrate_batch_norm = recalibrate_batch_norm
-        self.num_calibration_batches = num_calibration_batches
         self.ignored_layers = list(ignored_layers or ())
 
         self.ramp: Ramp | None = None
@@ -281,9 +282,13 @@ class ChannelPruning(pl.Callback):
         return self._is_searched
 
     def take_searched(self, result: SearchResult, candidates: CandidateSettings) -> None:
-        """Work with the plan that was found from now on."""
+        """Work with the plan that was found from now on, cut as the candidates were."""
         self.goal = replace(self.goal, plan=result.plan)
-        mention_other_candidates(self.importance, self.reconstruct, candidates)
+        self._take_way(candidates)
+
+    def _take_way(self, candidates: CandidateSettings | None = None) -> None:
+        way = self._way_told.filled(candidates)
+        self.importance, self.reconstruct, self.num_calibration_batches = way
 
     # --- What is known ----------------------------------------------------------------------------
 

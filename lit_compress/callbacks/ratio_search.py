@@ -107,7 +107,7 @@ class RatioSearch(pl.Callback):
     Example::
 
         search = RatioSearch(target_macs_ratio=0.5)
-        pruning = ChannelPruning(plan="searched", importance="group", reconstruct=True)
+        pruning = ChannelPruning(plan="searched")
         Trainer(max_epochs=6, callbacks=[search, pruning]).fit(model, datamodule)
     """
 

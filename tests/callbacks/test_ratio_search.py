@@ -1,5 +1,6 @@
 """A search before training: what it finds, what it leaves as it was, and what is seen of it."""
 
+import copy
 import csv
 import json
 import random
@@ -137,23 +138,49 @@ class Whole(Small):
 
 
 @pytest.mark.parametrize(
-    ("pruning", "candidates", "says"),
+    ("pruning", "candidates", "cut", "says"),
     [
-        ({}, {}, "importance='group' and reconstruct=True, .*='l2' and reconstruct=False"),
-        ({"importance": "group"}, {}, "reconstruct=True, .*='group' and reconstruct=False"),
-        ({"importance": "l1", "reconstruct": True}, {}, "='group' .*='l1' and reconstruct=True"),
-        ({"importance": "group", "reconstruct": True}, {}, None),
-        ({}, {"importance": "l2", "num_calibration_batches": 0}, None),
+        ({}, {}, ("group", True, 2), None),
+        ({}, {"importance": "l1", "num_calibration_batches": 0}, ("l1", False, 8), None),
+        ({"importance": "group", "reconstruct": True}, {}, ("group", True, 2), None),
+        ({"num_calibration_batches": 3}, {}, ("group", True, 3), None),
+        ({"importance": "l2"}, {}, ("l2", True, 2), "='group' and .* by importance='l2' and"),
+        ({"reconstruct": False}, {}, ("group", False, 2), "=True, .* reconstruct=False, so"),
     ],
 )
-def test_a_cut_that_differs_from_the_candidates_is_told(pruning, candidates, says):
+def test_the_model_is_cut_as_the_candidates_were_or_it_is_told(pruning, candidates, cut, says):
     found = search(num_episodes=1, candidates=replace(FEW, **candidates))
+    taker = ChannelPruning(plan="searched", **pruning)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(found, ChannelPruning(plan="searched", **pruning), max_steps=1)
+        fit(found, taker, max_steps=1)
     told = [str(w.message) for w in caught if "the plan was found with" in str(w.message)]
     assert len(told) == (says is not None)
     assert all(re.search(says, text) for text in told)
+    assert (taker.importance, taker.reconstruct, taker.num_calibration_batches) == cut
+
+
+class ScoredAtStart(pl.Callback):
+    """The accuracy before the first step."""
+
+    def on_train_start(self, trainer, pl_module):
+        x, y = images(64, seed=3).tensors
+        network = copy.deepcopy(pl_module.model).eval()
+        with torch.no_grad():
+            self.accuracy = float((network(x).argmax(1) == y).float().mean())
+
+
+def test_the_model_scores_after_the_cut_what_the_search_says():
+    module, _ = fit(max_epochs=3)
+    scoring = ScoringSettings(split="val", num_examples=64, precision="trainer")
+    found, at_start = search(scoring=scoring, seed=1), ScoredAtStart()
+    ordered = loader(shuffle=False)  # least squares sees the same batches twice
+    taker = ChannelPruning(plan="searched")
+    val = DataLoader(images(64, seed=3), 16)
+    fit(found, taker, at_start, module=module, data=ordered, val=val, max_steps=1)
+    # Candidates share the sums of the dense network; the cut itself goes layer by layer.
+    assert at_start.accuracy == pytest.approx(found.result.best_episode.score, abs=0.05)
+    assert at_start.accuracy > 0.6
 
 
 @pytest.mark.parametrize("space", ["channels", "sparsity"])
