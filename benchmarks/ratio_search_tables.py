@@ -95,6 +95,10 @@ Top-1 in percent on the test images; {num_sparse} of {len(sparse_runs())} runs w
 
 {sparsity_table(results)}
 
+### What won and what did not
+
+{verdict_list(results)}
+
 ### Bars
 
 {bar_table(bars(results))}
@@ -201,6 +205,80 @@ def sparsity_table(results: dict[str, Any]) -> str:
             cells = [f"{100 * level:g} %", densities, _reward(search, densities), *trained]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def verdict_list(results: dict[str, Any]) -> str:
+    """Each comparison of the study in a sentence, won or lost."""
+    found = [*_search_verdicts(results), *_training_verdicts(results)]
+    return "\n".join(f"- {sentence}" for sentence in found)
+
+
+def _search_verdicts(results: dict[str, Any]) -> list[str]:
+    sentences = []
+    for model, target in CASES:
+        scores = [search["best_score"] for search in searches_of(results, model, target)]
+        known = {rule: rule_score(results, model, target, rule) for rule in RULES}
+        rule, best = max(known.items(), key=lambda item: (item[1] == item[1], item[1]))
+        if scores and not math.isnan(best):
+            others = f"the best rule of thumb ({rule}, {best:.4f})"
+            sentences.append(
+                _verdict(_case(model, target), "the search", scores, others, [best], 4)
+            )
+    model, target = CASES[0]
+    searched = [search["best_score"] for search in searches_of(results, model, target)]
+    for method, name in OTHERS.items():
+        other = channel_search(results, model, target, method, 1)
+        if other is not None and searched:
+            name = f"{name} ({other['best_score']:.4f}, one seed)"
+            one = [other["best_score"]]
+            sentences.append(_verdict(_case(model, target), "the search", searched, name, one, 4))
+    return sentences
+
+
+def _training_verdicts(results: dict[str, Any]) -> list[str]:
+    sentences = []
+    for model, target in TUNED_CASES:
+        searched, uniform = (
+            top1s(results["tuned"], model=model, target=target, method=method)
+            for method in ("searched", "uniform")
+        )
+        case = f"{_case(model, target)}, after tuning"
+        if searched and uniform:
+            name = f"uniform ({spread(uniform)})"
+            sentences.append(_verdict(case, "the searched plan", searched, name, uniform, 2))
+    for level in SPARSITIES:
+        searched, uniform, ranked = (
+            top1s(results["sparse"], target=level, method=f"{densities}+distillation")
+            for densities in ("searched", "uniform", "global")
+        )
+        case = f"ResNet-20 at {100 * level:g} % zeros, trained with distillation"
+        for name, others in (("uniform", uniform), ("global", ranked)):
+            if searched and others:
+                name = f"{name} ({spread(others)})"
+                sentences.append(_verdict(case, "what was searched", searched, name, others, 2))
+    return sentences
+
+
+def _case(model: str, target: float) -> str:
+    return f"{LABELS[model]} at {target:g} of the multiply-adds"
+
+
+def _verdict(
+    case: str,
+    ours: str,
+    values: Sequence[float],
+    theirs: str,
+    others: Sequence[float],
+    digits: int,
+) -> str:
+    """Ahead, behind, or no further apart than seeds are."""
+    difference = mean(values) - mean(others)
+    deviations = [stdev(v) if len(v) > 1 else 0.0 for v in (values, others)]
+    what = f"{case}: {ours} ({spread(values, digits)})"
+    if abs(difference) <= math.hypot(*deviations):
+        return f"{what} is no further from {theirs} than seeds are from each other."
+    word = "ahead of" if difference > 0 else "**behind**"
+    return f"{what} is {word} {theirs} by {abs(difference):.{digits}f}."
 
 
 def bar_table(found: Sequence[Bar]) -> str:

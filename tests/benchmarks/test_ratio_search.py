@@ -129,6 +129,21 @@ def test_the_section_shows_what_was_measured():
     assert "**missed**" in tables.section(results(cpu=2.0))
 
 
+def test_each_comparison_is_said_won_or_lost():
+    said = tables.verdict_list(results())
+    case = "MobileNet-v1 (0.5) at 0.5 of the multiply-adds"
+    assert (
+        f"- {case}: the search (0.9060 ± 0.0000) is ahead of the best rule of thumb (deep, " in said
+    )
+    assert "no further from random search (0.9060, one seed) than seeds are from each" in said
+    assert f"{case}, after tuning: the searched plan (85.00 ± 0.00) is ahead of uniform" in said
+    assert "behind" not in said
+    lost = tables.verdict_list(results(tuned=(0.83, 0.84), sparse=(0.85, 0.86, 0.85, 0.851)))
+    assert "the searched plan (83.00 ± 0.00) is **behind** uniform (84.00 ± 0.00) by 1.00" in lost
+    assert "what was searched (85.20 ± 0.10) is **behind** uniform (86.20 ± 0.10) by 1.00" in lost
+    assert "(85.20 ± 0.10) is no further from global (85.30 ± 0.10) than seeds are" in lost
+
+
 def test_the_section_of_a_study_that_has_not_begun_has_gaps():
     said = tables.section(ratio_search.empty(ratio_search.Settings()))
     assert "| – | **not measured** |" in said
