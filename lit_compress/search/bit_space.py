@@ -74,7 +74,7 @@ class BitSpace:
         levels = tuple(float(bits) for bits in range(min_bits, max_bits + 1))
         described = layer_features(network, layers, layer_macs)
         self.decisions = tuple(
-            Decision(name, levels, MAX_BITS, features)
+            Decision(name, levels, MAX_BITS, features, by_level=True)
             for name, features in zip(layers, described, strict=True)
         )
         self.costs = _costs(network, self._weights)

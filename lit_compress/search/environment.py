@@ -29,8 +29,9 @@ def walk(problem: RatioProblem, act: Callable[[Tensor], float]) -> Choice:
 
     Args:
         problem: The problem.
-        act: Gives an action, a preserve ratio in [0, 1], for a state of shape
-            ``[num_features(problem)]``, float32, each number in [0, 1].
+        act: Gives an action in [0, 1], for a state of shape ``[num_features(problem)]``, float32,
+            each number in [0, 1]. It is a preserve ratio, or which of the levels
+            (:class:`~lit_compress.search.problem.Decision`).
 
     Returns:
         The choice, which meets the budget and spends it.
@@ -51,11 +52,11 @@ def transitions(problem: RatioProblem, choice: Choice) -> tuple[Tensor, Tensor]:
 
     Returns:
         States, float32 ``[num_decisions, num_features]``, and the actions that lead to exactly this
-        choice, float32 ``[num_decisions]``: its preserve ratios.
+        choice, float32 ``[num_decisions]``.
     """
     steps = range(len(choice))
     states = torch.stack([_state(problem, choice[:step]) for step in steps])
-    return states, torch.tensor(problem.ratios(choice), dtype=torch.float32)
+    return states, torch.tensor(problem.actions(choice), dtype=torch.float32)
 
 
 def _state(problem: RatioProblem, chosen: Choice) -> Tensor:
@@ -66,6 +67,6 @@ def _state(problem: RatioProblem, chosen: Choice) -> Tensor:
     lavish = (*chosen, *problem.highest[step:])
     frugal = (*chosen, *[0] * (count - step))
     most, left, least = cost(problem.values([problem.highest, lavish, frugal])).tolist()
-    last = problem.ratios((*chosen, *problem.highest[step:]))[step - 1] if step else 1.0
+    last = problem.decisions[step - 1].actions[chosen[-1]] if step else 1.0
     changing = [(most - left) / most, (left - least) / most, last, step / max(count - 1, 1)]
     return torch.tensor([*problem.decisions[step].features, *changing], dtype=torch.float32)

@@ -40,12 +40,16 @@ class Decision:
         levels: What can be chosen, rising: channels kept, density of weights in (0, 1], bits.
         full: What the dense model has: channels, 1.0, bits; at least the last level.
         features: What describes the layer to an agent, scaled to [0, 1].
+        by_level: Whether an agent's action in [0, 1] says which of the levels, from the first to
+            the last in equal steps; else it is a preserve ratio. For levels that are a small part
+            of [0, 1], or in geometric steps.
     """
 
     name: str
     levels: tuple[float, ...]
     full: float
     features: tuple[float, ...] = ()
+    by_level: bool = False
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
@@ -59,6 +63,20 @@ class Decision:
     def ratios(self) -> tuple[float, ...]:
         """The levels as preserve ratios, in (0, 1]."""
         return tuple(level / self.full for level in self.levels)
+
+    @property
+    def actions(self) -> tuple[float, ...]:
+        """What an agent does to take each level, in [0, 1]."""
+        if not self.by_level:
+            return self.ratios
+        steps = max(len(self.levels) - 1, 1)
+        return tuple(index / steps for index in range(len(self.levels)))
+
+    def taken_by(self, action: float) -> int:
+        """The index of the level that an action in [0, 1] takes."""
+        if not self.by_level:
+            return self.nearest(action)
+        return math.floor(action * (len(self.levels) - 1) + 0.5)
 
     def nearest(self, ratio: float) -> int:
         """The index of the level nearest to a preserve ratio; a tie keeps more."""
@@ -149,6 +167,11 @@ class RatioProblem:
         pairs = zip(self.decisions, choice, strict=True)
         return tuple(decision.levels[index] / decision.full for decision, index in pairs)
 
+    def actions(self, choice: Choice) -> tuple[float, ...]:
+        """The actions that a choice is made of, in [0, 1]."""
+        pairs = zip(self.decisions, choice, strict=True)
+        return tuple(decision.actions[index] for decision, index in pairs)
+
     def cost_of(self, choice: Choice) -> dict[str, float]:
         """What a choice costs, by name."""
         values = self.values([choice])
@@ -193,15 +216,15 @@ class RatioProblem:
         low = max(int(fits[last + 1 :].sum()) - 1, 0)
         return low, high
 
-    def clip(self, chosen: Choice, ratio: float) -> int:
-        """The allowed level nearest to a preserve ratio, as an index.
+    def clip(self, chosen: Choice, action: float) -> int:
+        """The allowed level nearest to the one that an action takes, as an index.
 
         Args:
             chosen: The decisions before it.
-            ratio: Kept / dense, in [0, 1].
+            action: In [0, 1]; see :class:`Decision`.
         """
         low, high = self.allowed(chosen)
-        return min(max(self.decisions[len(chosen)].nearest(ratio), low), high)
+        return min(max(self.decisions[len(chosen)].taken_by(action), low), high)
 
     def filled(self, choice: Choice) -> Choice:
         """The choice with what is left of the budget spent, a level at a time.

@@ -358,21 +358,21 @@ class DDPGSearcher:
 
     def _near(self, center: Choice | None, noise: float) -> Choice:
         """A choice near the actor's or a given one, a new one where noise can find it."""
-        ratios = None if center is None else list(self._problem.ratios(center))
+        actions = None if center is None else self._problem.actions(center)
         choice: Choice = ()
         for attempt in range(_ATTEMPTS):
-            spread = max(noise, _LEAST_NOISE) if attempt or ratios else noise
+            spread = max(noise, _LEAST_NOISE) if attempt or actions else noise
             spread *= _NOISE_GROWTH**attempt
-            choice = walk(self._problem, self._noisy(ratios, spread))
+            choice = walk(self._problem, self._noisy(actions, spread))
             if choice not in self._tried:
                 break
         return choice
 
-    def _noisy(self, ratios: Sequence[float] | None, noise: float) -> Callable[[Tensor], float]:
-        """Acts with noise around the actor's action, or around given ratios in turn."""
-        if ratios is None:
+    def _noisy(self, actions: Sequence[float] | None, noise: float) -> Callable[[Tensor], float]:
+        """Acts with noise around the actor's action, or around given ones in turn."""
+        if actions is None:
             return lambda state: self._agent.explore(state, noise, self._acting)
-        remaining = iter(ratios)
+        remaining = iter(actions)
         return lambda state: truncated_normal(
             next(remaining), noise, float(torch.rand((), generator=self._random))
         )

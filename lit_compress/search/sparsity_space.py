@@ -65,7 +65,13 @@ class SparsitySpace:
         self.worth: tuple[Tensor, ...] | None = tuple(w.detach().abs() for w in weights.values())
         described = layer_features(network, layers, layer_macs)
         self.decisions = tuple(
-            Decision(name, density_levels(size, target_sparsity, num_levels), 1.0, features)
+            Decision(
+                name,
+                density_levels(size, target_sparsity, num_levels),
+                1.0,
+                features,
+                by_level=True,
+            )
             for (name, size), features in zip(self.sizes.items(), described, strict=True)
         )
         self.costs = _costs(network, weights, layer_macs)

@@ -17,10 +17,10 @@ COST_KINDS = ("pairs", "concave", "table")
 @st.composite
 def problems(draw: st.DrawFn, with_budget: bool = True) -> RatioProblem:
     """1 to 8 decisions with up to 6 levels, a cost that never falls, a budget that can be met."""
-    chance = draw(st.randoms(use_true_random=False))
+    chance, by_level = draw(st.randoms(use_true_random=False)), draw(st.booleans())
     decisions = tuple(
-        Decision(f"layer{index}", _levels(chance), 24.0, (chance.random(), chance.random()))
-        for index in range(draw(st.integers(1, 8)))
+        Decision(f"layer{i}", _levels(chance), 24.0, (chance.random(), chance.random()), by_level)
+        for i in range(draw(st.integers(1, 8)))
     )
     assume(any(len(decision.levels) > 1 for decision in decisions))
     cost = monotone_cost(draw(st.sampled_from(COST_KINDS)), decisions, chance)

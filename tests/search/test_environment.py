@@ -47,7 +47,7 @@ def test_without_a_budget_actions_are_carried_out_as_they_are(problem, chance):
     remaining = iter(actions)
     choice = walk(problem, lambda state: next(remaining))
     pairs = zip(problem.decisions, actions, strict=True)
-    assert choice == tuple(decision.nearest(action) for decision, action in pairs)
+    assert choice == tuple(decision.taken_by(action) for decision, action in pairs)
 
 
 def test_what_is_seen_before_each_decision():

@@ -158,6 +158,26 @@ def test_levels_ratios_values_and_costs():
     assert problem.full_costs == {"macs": 3 * 16 + 16 * 32 + 32 * 10}
 
 
+def test_an_action_is_a_ratio_or_says_which_level():
+    ratio = Decision("a", (0.05, 0.1, 0.2), 1.0)
+    level = Decision("a", (0.05, 0.1, 0.2), 1.0, by_level=True)
+    assert ratio.actions == ratio.ratios == level.ratios == (0.05, 0.1, 0.2)
+    assert level.actions == (0.0, 0.5, 1.0)
+    actions = (0.0, 0.07, 0.24, 0.26, 0.74, 0.76, 1.0)
+    assert [ratio.taken_by(a) for a in actions] == [0, 0, 2, 2, 2, 2, 2]
+    assert [level.taken_by(a) for a in actions] == [0, 0, 0, 1, 1, 2, 2]
+    only = Decision("b", (0.5,), 1.0, by_level=True)
+    assert (only.actions, only.taken_by(0.7)) == ((0.0,), 0)
+
+
+@given(problems(), st.data())
+@settings(deadline=None, max_examples=30)
+def test_the_actions_of_a_choice_take_it_again(problem, data):
+    choice = tuple(data.draw(st.integers(0, top)) for top in problem.highest)
+    pairs = zip(problem.decisions, problem.actions(choice), strict=True)
+    assert tuple(decision.taken_by(action) for decision, action in pairs) == choice
+
+
 def test_a_scaled_shape_keeps_its_proportions():
     problem = chain_problem((64, 64, 64), share=0.3, step=1)
     ratios = problem.ratios(problem.scaled([0.2, 0.4, 0.6]))
