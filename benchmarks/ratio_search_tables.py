@@ -31,7 +31,7 @@ LABELS = {
 }
 OTHERS = {
     "random": "random search",
-    "sensitivity": "derived from sensitivities",
+    "sensitivity": "ratios derived from sensitivities",
     "agent alone": "DDPG without rules of thumb and without tries around the best",
 }
 
