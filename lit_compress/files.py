@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ __all__ = ["replacing", "write_text"]
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write in the place of another one.
 
-    It lies beside the other, under a name of its own with the same suffix, and takes its place when
-    the block has ended. Where the block raises, the older file is as it was, and nothing is left
-    beside it. Folders are made.
+    It has the other's name, which some writers put into what they write, in a folder of its own
+    beside it, and takes its place when the block has ended. Where the block raises, the older file
+    is as it was, and nothing is left beside it. Folders are made.
 
     Args:
         path: The file to be replaced, or to be made.
@@ -39,12 +40,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: what it makes is for its owner alone, whatever the umask says.
-    part = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    folder.mkdir()
     try:
-        yield part
-        os.replace(part, target)
+        yield folder / target.name
+        os.replace(folder / target.name, target)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

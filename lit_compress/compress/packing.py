@@ -117,8 +117,8 @@ def write_packed(
     entries: dict[str, PackedTensor] = {n: packed_form(v) for n, v in state_dict.items()}
     content = torch.frombuffer(bytearray(pack(entries | dict(integers), record)), dtype=torch.uint8)
     target = Path(path)
-    with replacing(target) as part:
-        torch.save({"format": _FORMAT, "content": content}, part)
+    with replacing(target) as part, part.open("wb") as file:  # by a path, its name would be inside
+        torch.save({"format": _FORMAT, "content": content}, file)
     return target.stat().st_size
 
 

@@ -367,3 +367,12 @@ def test_sizes_of_resnet20(resnet20, tmp_path, sparsity, how, least):
     assert (tmp_path / "raw.pt").stat().st_size / size > least
     back = read_packed(tmp_path / "packed").state_dict
     assert all(same_bits(back[name], values) for name, values in packed[0].items())
+
+
+def test_the_same_content_is_the_same_file_whatever_its_name(tmp_path):
+    state = {"weight": torch.arange(12.0).view(3, 4)}
+    files = []
+    for name in ("a.pt", "another.pt", "a.pt"):
+        write_packed(tmp_path / name, state, record={"x": 1})
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1] == files[2]
