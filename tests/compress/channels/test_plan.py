@@ -528,7 +528,7 @@ def orders(groups, rule, round_to=8, cap=1.0):
 
 @given(
     widths_of_nets,
-    st.floats(0.15, 1),
+    st.floats(0.15, 0.95) | st.just(1.0),  # nearer to 1, one channel can be more than the window
     st.sampled_from(["macs", "num_params", "size_bytes"]),
     st.sampled_from(["uniform", "ratios", "scores"]),
     st.sampled_from([1, 4, 8]),
