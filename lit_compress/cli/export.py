@@ -71,8 +71,9 @@ def export(args: Sequence[str]) -> None:
             _place(options, target, len(targets)),
             example,
             check_inputs=checks,
-            tolerance=ParityTolerance(options.cosine, options.argmax_agreement),
+            tolerance=ParityTolerance(options.cosine, options.argmax_agreement, options.max_error),
             num_threads=options.threads,
+            assume_vnni=options.assume_vnni,
         )
         scored = _scored(subject, file, example, metrics, options) if options.validate else {}
         plain = {**to_plain(file), "path": str(file.path)}
@@ -99,12 +100,16 @@ def _parser() -> CommandParser:
         help="Examples at a time, for runtimes that fix it (all but ONNX).")  # fmt: skip
     add("--check_batches", "--check-batches", type=int, default=4,
         help="Validation batches on which file and torch are compared.")  # fmt: skip
-    add("--cosine", type=float, default=0.99, help="Least cosine of both outputs.")
+    add("--cosine", type=float, default=0.999, help="Least cosine of both outputs.")
+    add("--max_error", "--max-error", type=float, default=0.02,
+        help="Largest error as a part of the largest output.")  # fmt: skip
     add("--argmax_agreement", "--argmax-agreement", type=float, default=0.95,
         help="Least share of positions with the same greatest entry.")  # fmt: skip
     add("--validate", action="store_true", help="Score the file on all of the validation data.")
     add("--metric_tolerance", "--metric-tolerance", type=float, default=0.01,
         help="How far a metric of the file may be from torch's (--validate).")  # fmt: skip
+    add("--assume_vnni", "--assume-vnni", action="store_true",
+        help="Write the fastest integers for x86 with VNNI, wrong on older ones.")  # fmt: skip
     add("--float", action="store_true", help="Leave quantization off: the file to compare with.")
     add("--threads", type=int, default=1, help="Threads of the runtime while comparing.")
     add("--assets", type=str | None, help="Folder with data/ and weights/.")

@@ -126,7 +126,8 @@ def _integer_weights(
 
 def _integers_of(weight: Tensor, quantizer: WeightQuantizer) -> Integers | None:
     """The integers that stand for exactly what the network computes with, if there are such."""
-    rounded = quantizer(weight)  # which also brings its scales up to date
+    quantizer.set_scale(quantizer.step_for(weight))
+    rounded = quantizer(weight)
     scale, zero = quantizer.scale.detach(), quantizer.zero_point
     values = quantize(weight, scale, zero, quantizer.grid, quantizer.axis)
     exact = dequantize(values, scale, zero, quantizer.axis).to(weight.dtype)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_compress.compress.quantization.saturation import MAX_PAIR_SUM, largest_pair_sum
+
 __all__ = ["on_blocks", "put_stem_on_blocks"]
 
 _MOST_CHANNELS = 4
@@ -68,7 +70,7 @@ def put_stem_on_blocks(graph: Any) -> bool:
 
     Returns:
         Whether there is one with a stride, few channels, and images of a known size that blocks
-        divide.
+        divide, whose weights have no other neighbours then with which they may saturate.
     """
     if not graph.input:
         return False
@@ -95,11 +97,15 @@ def put_stem_on_blocks(graph: Any) -> bool:
     if not suits:
         return False
     values = torch.frombuffer(bytearray(weight.raw_data), dtype=torch.int8).reshape(*weight.dims)
-    values, pads = on_blocks(values, stride, attributes["pads"], size)
-    if min(pads) < 0:
+    blocked, pads = on_blocks(values, stride, attributes["pads"], size)
+    if min(pads) < 0 or _saturates(blocked) > _saturates(values):
         return False
-    _write(graph, quantize, conv, weight, values, pads, stride)
+    _write(graph, quantize, conv, weight, blocked, pads, stride)
     return True
+
+
+def _saturates(weight: Tensor) -> bool:
+    return bool(largest_pair_sum(weight.float()).amax() > MAX_PAIR_SUM)
 
 
 def _chain(graph: Any, image: str) -> tuple[Any, Any, Any] | None:

@@ -22,7 +22,15 @@ class ParityError(ValueError):
 class ParityTolerance:
     """From where on a file counts as right.
 
+    The defaults lie between what exact files reach and what wrong ones do. Of trained CIFAR-10
+    networks in int8 on 1,000 images, files that compute what torch computes have a cosine of .99998
+    and a largest error of .8 %: single values that lie between two integers are rounded the other
+    way. Files whose products saturate have .989 and 26 to 37 %. Networks with random weights
+    magnify single roundings, and may need more.
+
     Attributes:
+        max_error: Largest difference of two entries, as a part of the largest magnitude in torch's
+            output, 0 to 1; of the worst output where there are several.
         cosine: Least cosine of the angle between the outputs of both, over all examples, 0 to 1;
             of the worst output where there are several.
         argmax_agreement: Least share of positions at which both have the same greatest entry,
@@ -33,8 +41,9 @@ class ParityTolerance:
         ValueError: If a number is out of range.
     """
 
-    cosine: float = 0.99
+    cosine: float = 0.999
     argmax_agreement: float = 0.95
+    max_error: float = 0.02
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -55,15 +64,18 @@ class ParityTolerance:
         agrees = agreement is None or (
             agreement >= min(self.argmax_agreement, 1 - 1 / parity.num_positions)
         )
-        if parity.cosine >= self.cosine and agrees:
+        near = parity.max_relative_error <= self.max_error
+        if parity.cosine >= self.cosine and agrees and near:
             return
         shown = "no argmax" if agreement is None else f"argmax agreement {agreement:.4f}"
         raise ParityError(
             f"{where} does not compute what torch computes: cosine {parity.cosine:.5f} and {shown} "
-            f"on {parity.num_examples} examples (largest error {parity.max_abs_error:.3g}); "
-            f"expected at least {self.cosine} and {self.argmax_agreement}. The file was not kept. "
-            "Give real inputs to compare on, export to another target, or leave the layers that "
-            "lose most out of quantization (ignored_layers); a wider tolerance keeps the file."
+            f"on {parity.num_examples} examples, largest error {parity.max_abs_error:.3g} "
+            f"({100 * parity.max_relative_error:.2f} % of the largest output); expected at least "
+            f"{self.cosine} and {self.argmax_agreement}, and at most {100 * self.max_error:g} %. "
+            "The file was not kept. Give real inputs to compare on, export to another target, or "
+            "leave the layers that lose most out of quantization (ignored_layers); a wider "
+            "tolerance keeps the file."
         )
 
 
@@ -75,6 +87,8 @@ class Parity:
         cosine: Cosine of the angle between both, over all examples; the least one of several
             outputs. NaN where an output is not finite.
         max_abs_error: Largest difference of two entries.
+        max_relative_error: The same as a part of the largest magnitude in torch's output; the
+            largest one of several outputs. Infinite where an output is not finite.
         argmax_agreement: Share of positions (examples, pixels) at which both have the same
             greatest entry in the class dimension: the second one, or the last one of a matrix
             a position. ``None`` where no output has one.
@@ -84,6 +98,7 @@ class Parity:
 
     cosine: float
     max_abs_error: float
+    max_relative_error: float
     argmax_agreement: float | None
     num_examples: int
     num_positions: int
@@ -92,7 +107,11 @@ class Parity:
         agreement = self.argmax_agreement
         rows = [
             ("cosine", f"{self.cosine:.6f}"),
-            ("largest error", f"{self.max_abs_error:.3g}"),
+            (
+                "largest error",
+                f"{self.max_abs_error:.3g} ({100 * self.max_relative_error:.2f} % of the largest "
+                "output)",
+            ),
             ("argmax agreement", "none" if agreement is None else f"{100 * agreement:.2f} %"),
             ("examples", str(self.num_examples)),
         ]
@@ -105,7 +124,7 @@ class _Sums:
     def __init__(self) -> None:
         self.ours = self.theirs = self.both = 0.0
         self.same = self.positions = 0
-        self.max_abs_error = 0.0
+        self.max_abs_error = self.largest = 0.0
 
     def add(self, reference: Tensor, candidate: Tensor) -> None:
         a, b = reference.double(), candidate.double()
@@ -115,11 +134,20 @@ class _Sums:
         if a.numel():
             error = float((a - b).abs().max())
             self.max_abs_error = max(self.max_abs_error, error, key=_nan_last)
+            self.largest = max(self.largest, float(a.abs().max()), key=_nan_last)
         if a.dim() >= 2 and a.shape[_class_dim(a)] > 1 and reference.is_floating_point():
             dim = _class_dim(a)
             same = a.argmax(dim) == b.argmax(dim)
             self.same += int(same.sum())
             self.positions += same.numel()
+
+    @property
+    def max_relative_error(self) -> float:
+        if not math.isfinite(self.max_abs_error + self.largest):
+            return math.inf
+        if self.max_abs_error == 0:
+            return 0.0
+        return self.max_abs_error / self.largest if self.largest else math.inf
 
     @property
     def cosine(self) -> float:
@@ -158,6 +186,7 @@ def compare(pairs: Iterable[tuple[Tensors, Tensors]]) -> Parity:
     return Parity(
         cosine=min((total.cosine for total in sums), key=_nan_first),
         max_abs_error=max((total.max_abs_error for total in sums), key=_nan_last),
+        max_relative_error=max(total.max_relative_error for total in sums),
         argmax_agreement=sum(t.same for t in sums) / positions if positions else None,
         num_examples=examples,
         num_positions=positions,

@@ -80,8 +80,8 @@ def test_another_shape_or_number_of_outputs_is_refused():
         compare([])
 
 
-def parity(cosine=1.0, agreement=1.0, positions=100):
-    return Parity(cosine, 0.0, agreement, positions, positions)
+def parity(cosine=1.0, agreement=1.0, positions=100, error=0.0):
+    return Parity(cosine, 0.0, error, agreement, positions, positions)
 
 
 def test_tolerance():
@@ -91,6 +91,18 @@ def test_tolerance():
         tolerance.check(parity(0.89), "net.onnx")
     with pytest.raises(ParityError, match="argmax agreement 0.9400"):
         tolerance.check(parity(agreement=0.94), "it")
+    tolerance.check(parity(error=0.02), "it")
+    with pytest.raises(ParityError, match=r"\(2\.10 % of the largest output\); .*at most 2 %"):
+        tolerance.check(parity(error=0.021), "it")
+
+
+def test_the_largest_error_is_relative_to_the_largest_output_of_torch():
+    a, b = torch.tensor([[4.0, -8.0]]), torch.tensor([[4.0, -7.0]])
+    assert compare([((a,), (b,))]).max_relative_error == 1 / 8
+    assert compare([((a,), (a,))]).max_relative_error == 0
+    assert compare([((a * 0,), (a * 0,))]).max_relative_error == 0
+    assert compare([((a * 0,), (b,))]).max_relative_error == float("inf")
+    assert compare([((a,), (b * float("nan"),))]).max_relative_error == float("inf")
 
 
 def test_one_tie_may_fall_the_other_way():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
 from lit_compress.compress.quantization.affine import MIN_BITS, affine_parameters
@@ -20,6 +21,7 @@ from lit_compress.compress.quantization.calls import (
     tensors_in,
     with_layer_arguments,
 )
+from lit_compress.compress.quantization.integer_bias import integer_bias
 from lit_compress.compress.quantization.placement import Placement, layer_of
 from lit_compress.compress.quantization.quantizers import (
     ActivationQuantizer,
@@ -30,7 +32,7 @@ from lit_compress.compress.quantization.quantizers import (
 from lit_compress.compress.quantization.ranges import RangeObserver
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
-__all__ = ["Quantization"]
+__all__ = ["Quantization", "is_depthwise"]
 
 
 class Quantization(nn.Module):
@@ -62,6 +64,8 @@ class Quantization(nn.Module):
         self._activation_of = {c: _key(n) for c, n in placement.activations.items()}
         self._output_of = {c: _key(n) for c, n in placement.outputs.items()}
         self._weight_of = {c: _key(n) for c, n in placement.weights.items()}
+        self._input_of = {c: _key(n) for c, n in placement.layer_inputs.items()}
+        self._norm_of = {c: n.partition(":")[0] for n, c in placement.batch_norms.items()}
         self._observers: Mapping[str, RangeObserver] = {}
         self._least_weight_bits = MIN_BITS
         self._counts_checked = False
@@ -199,7 +203,7 @@ class Quantization(nn.Module):
         if not (self.quantizing or self.observing or self._observers):
             return forward(*args, **kwargs)
         args, kwargs = self._quantize_inputs(args, kwargs)
-        with seen_calls(network, self._handle) as counts:
+        with seen_calls(network, partial(self._handle, network)) as counts:
             result = forward(*args, **kwargs)
         if self.training and not self._counts_checked:
             self._counts_checked = True
@@ -252,6 +256,7 @@ class Quantization(nn.Module):
 
     def _handle(
         self,
+        network: nn.Module,
         name: str,
         op: str,
         func: Callable[..., Any],
@@ -261,8 +266,32 @@ class Quantization(nn.Module):
         key = self._weight_of.get(name)
         if key is not None:
             _, weight, bias = layer_arguments(args, kwargs)
-            args, kwargs = with_layer_arguments(args, kwargs, self.weights[key](weight), bias)
+            quantizer = self.weights[key]
+            assert isinstance(quantizer, WeightQuantizer)
+            rounded = quantizer(weight)
+            if quantizer.quantizing and not self.training:
+                step = quantizer.step_for(weight)
+                bias = self._integer_bias(network, name, step, bias, rounded.dtype)
+            args, kwargs = with_layer_arguments(args, kwargs, rounded, bias)
         return self._quantize(name, func(*args, **kwargs))
+
+    def _integer_bias(
+        self,
+        network: nn.Module,
+        name: str,
+        step: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """The bias as integer kernels have it, where the scale of the input is fixed."""
+        source = self.activations[self._input_of[name]] if name in self._input_of else None
+        grouped = bias is not None and step.dim() and len(step) != len(bias)
+        if not isinstance(source, ActivationQuantizer) or not source.ready or grouped:
+            return bias
+        norm = network.get_submodule(self._norm_of[name]) if name in self._norm_of else None
+        if norm is not None and norm.training:
+            return bias
+        return integer_bias(bias, source.step * step, norm, dtype)
 
 
 def _key(name: str) -> str:
@@ -284,8 +313,14 @@ def _weight_quantizer(
     channels: int | None = network.get_parameter(name).shape[axis]
     if name in scheme.per_tensor_weights or (axis == 1 and not _is_ungrouped(network, name)):
         channels = None
-    grid = scheme.weight_grid(layer_of(name))
-    return WeightQuantizer(grid, channels, axis, scheme.weight_ranges)
+    layer = layer_of(name)
+    return WeightQuantizer(
+        scheme.weight_grid(layer),
+        channels,
+        axis,
+        scheme.weight_ranges,
+        pair_axis=axis if scheme.limits_pairs(layer) and not is_depthwise(network, name) else None,
+    )
 
 
 def _is_ungrouped(network: nn.Module, weight: str) -> bool:
@@ -295,3 +330,11 @@ def _is_ungrouped(network: nn.Module, weight: str) -> bool:
     """
     layer = network.get_submodule(weight.rpartition(".")[0])
     return isinstance(layer, _ConvTransposeNd) and layer.groups == 1
+
+
+def is_depthwise(network: nn.Module, weight: str) -> bool:
+    """Whether a weight is of a convolution with one channel a group, which kernels do apart."""
+    layer = network.get_submodule(weight.rpartition(".")[0])
+    return (
+        isinstance(layer, _ConvNd) and layer.groups == layer.in_channels == layer.out_channels > 1
+    )

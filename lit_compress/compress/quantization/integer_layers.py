@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_compress.compress.quantization.affine import Grid, dequantize, quantize
-from lit_compress.compress.quantization.network import quantized_network
+from lit_compress.compress.quantization.attached import is_depthwise
+from lit_compress.compress.quantization.integer_bias import bias_on_product_grid, fold_batch_norm
+from lit_compress.compress.quantization.network import Quantization, quantized_network
+from lit_compress.compress.quantization.quantizers import ActivationQuantizer
+from lit_compress.compress.quantization.saturation import largest_pair_sum, may_saturate
 
-__all__ = ["IntegerLayer", "integer_layers", "with_integer_bias"]
+__all__ = ["IntegerLayer", "input_scale", "integer_layers", "with_integer_bias"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,10 @@ class IntegerLayer:
         scale: float32, ``[channels]``.
         axis: Dimension of the weight along which scales differ.
         grid: The integers.
-        bias: float32, ``[channels]``; ``None`` where there is none.
+        bias: float32, ``[channels]``, whole multiples of the scale times that of a static input;
+            ``None`` where there is none.
+        saturates: Whether x86 without VNNI may compute something else with these integers; see
+            :mod:`~lit_compress.compress.quantization.saturation`.
     """
 
     values: Tensor
@@ -31,6 +37,7 @@ class IntegerLayer:
     axis: int
     grid: Grid
     bias: Tensor | None
+    saturates: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -63,23 +70,39 @@ def integer_layers(network: nn.Module) -> dict[str, IntegerLayer]:
     for call, name in placement.weights.items():
         quantizer = quantization.weight(name)
         weight = network.get_parameter(name).detach().float()
-        if quantizer.ranges == "minmax":
-            quantizer.follow(weight)
         axis = 1 if call.partition(":")[2].startswith("conv_transpose") else 0
-        step = quantizer.step.detach()
+        step = quantizer.step_for(weight).detach()
         values = quantize(weight, step, torch.zeros_like(step), quantizer.grid, quantizer.axis)
         bias_name = placement.biases.get(call)
         bias = None if bias_name is None else network.get_parameter(bias_name).detach().float()
         scale = step.expand(weight.shape[axis]).clone()
         if call in norm_of:
-            factor, bias = _folded(network.get_submodule(norm_of[call]), bias)
+            factor, bias = fold_batch_norm(network.get_submodule(norm_of[call]), bias)
             scale = scale * factor.abs()
             # A channel whose factor is zero, or next to it, gives nothing.
             signs = torch.sign(factor).int() * (scale > torch.finfo(scale.dtype).tiny)
             values = values * signs.reshape(-1, *[1] * (weight.dim() - 1))
         scale = _with_empty_channels(scale, values, axis)
-        layers[call] = IntegerLayer(values.to(torch.int8), scale, axis, quantizer.grid, bias)
+        step_in = input_scale(quantization, call)
+        if bias is not None and step_in is not None and len(bias) == len(scale):
+            bias = bias_on_product_grid(bias, scale * step_in)
+        layers[call] = IntegerLayer(
+            values.to(torch.int8),
+            scale,
+            axis,
+            quantizer.grid,
+            bias,
+            saturates=not is_depthwise(network, name)
+            and _may_saturate(values, axis, quantization.scheme.activation_grid),
+        )
     return layers
+
+
+def input_scale(quantization: Quantization, call: str) -> Tensor | None:
+    """Scale of what goes into a layer's call, a scalar; ``None`` where it is not fixed."""
+    name = quantization.placement.layer_inputs.get(call)
+    quantizer = None if name is None else quantization.activation(name)
+    return quantizer.step.detach() if isinstance(quantizer, ActivationQuantizer) else None
 
 
 def with_integer_bias(
@@ -99,6 +122,15 @@ def with_integer_bias(
     return values.to(torch.int8), scale
 
 
+def _may_saturate(values: Tensor, axis: int, activations: Grid | None) -> bool:
+    """Whether two products of weights and activations may exceed int16 together."""
+    if activations is None:
+        return False
+    # Half of the sum, as if both weights were the same.
+    largest = float(largest_pair_sum(values.float(), axis).amax()) / 2
+    return may_saturate(largest, activations.high)
+
+
 def _with_empty_channels(scale: Tensor, values: Tensor, axis: int) -> Tensor:
     """Scales in which channels without weights have one like those of the others.
 
@@ -107,18 +139,3 @@ def _with_empty_channels(scale: Tensor, values: Tensor, axis: int) -> Tensor:
     gives = values.movedim(axis, 0).flatten(1).any(1)
     typical = scale[gives].median() if bool(gives.any()) else scale.new_tensor(2.0**-16)
     return torch.where(gives, scale, typical)
-
-
-def _folded(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The factor of a batch norm in evaluation mode, and the bias of layer and norm together."""
-    assert isinstance(norm, _BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    mean, factor = norm.running_mean.double(), torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = (bias.double() if bias is not None else 0.0) - mean
-    shift = shift * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return factor.float(), shift.float()

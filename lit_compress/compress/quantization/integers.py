@@ -21,6 +21,7 @@ from lit_compress.compress.quantization.calls import (
 )
 from lit_compress.compress.quantization.integer_layers import (
     IntegerLayer,
+    input_scale,
     integer_layers,
     with_integer_bias,
 )
@@ -29,6 +30,7 @@ from lit_compress.compress.quantization.network import (
     quantized_network,
     remove_quantization,
 )
+from lit_compress.compress.quantization.placement import layer_of
 from lit_compress.compress.quantization.quantizers import ActivationQuantizer, DynamicQuantizer
 
 __all__ = ["IntegerLayer", "IntegerNetwork", "Spelling", "integer_layers", "integer_network"]
@@ -47,12 +49,15 @@ class Spelling:
         weights_in_graph: Weights as float32 on their grid, with quantization and dequantization in
             the graph, instead of int8 with dequantization.
         quantized_outputs: Results of layers on a grid also where no layer takes integers from them.
+        unsigned_weights: Weights with which x86 without VNNI may saturate as uint8 with zero point
+            128, instead of int8: such products are added in 32 bits, at up to half the speed.
     """
 
     signed_activations: bool = False
     integer_bias: bool = False
     weights_in_graph: bool = False
     quantized_outputs: bool = False
+    unsigned_weights: bool = False
 
 
 def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
@@ -85,6 +90,7 @@ class IntegerNetwork(nn.Module):
     Attributes:
         network: The original network, without the weights that are integers now.
         spelling: How the arithmetic is written.
+        saturating: Names of the layers with which x86 without VNNI may saturate.
     """
 
     def __init__(self, network: nn.Module, spelling: Spelling) -> None:
@@ -92,6 +98,10 @@ class IntegerNetwork(nn.Module):
         self.spelling = spelling
         quantization = quantized_network(network)
         layers = integer_layers(network)
+        weights = quantization.placement.weights
+        self.saturating = tuple(
+            dict.fromkeys(layer_of(weights[c]) for c, layer in layers.items() if layer.saturates)
+        )
         self.network = copy.deepcopy(network)
         remove_quantization(self.network)
         self._activation_of = dict(quantization.placement.activations)
@@ -101,7 +111,7 @@ class IntegerNetwork(nn.Module):
         self._norms = dict(quantization.placement.batch_norms)
         self._layers: dict[str, _Layer] = {}
         for index, (call, layer) in enumerate(layers.items()):
-            scale = self._input_scale(quantization, call)
+            scale = input_scale(quantization, call)
             self._layers[call] = _Layer(self, index, layer, scale, spelling)
         self._drop_float_weights(quantization)
         self.eval()
@@ -142,15 +152,6 @@ class IntegerNetwork(nn.Module):
             return value
         return tree_map_only(Tensor, place, value)
 
-    @staticmethod
-    def _input_scale(quantization: Quantization, call: str) -> Tensor | None:
-        """Scale of what goes into a layer, where an integer bias needs it."""
-        name = quantization.placement.layer_inputs.get(call)
-        quantizer = None if name is None else quantization.activation(name)
-        if not isinstance(quantizer, ActivationQuantizer):
-            return None
-        return quantizer.step.detach()
-
     def _drop_float_weights(self, quantization: Quantization) -> None:
         """Weights that live on as integers are not to be stored a second time."""
         placement = quantization.placement
@@ -190,26 +191,27 @@ class _Layer:
             values, scale = with_integer_bias(layer, bias, input_scale)
             step = scale * input_scale
             integers = torch.round(bias / step).clamp(-_INT32, _INT32).to(torch.int32)
-            self._keep(bias=integers, bias_scale=step)
+            zero = torch.zeros(len(scale), dtype=torch.int64)
+            self._keep(bias=integers, bias_scale=step, bias_zero_point=zero)
         elif bias is not None:
             self._keep(bias=bias)
         self._has_bias = bias is not None
+        unsigned = spelling.unsigned_weights and layer.saturates
+        self._zero, self._dtype = (128, torch.uint8) if unsigned else (0, torch.int8)
         if spelling.weights_in_graph:
             zero = torch.zeros_like(scale)
             self._keep(weight=dequantize(values, scale, zero, layer.axis))
         else:
-            self._keep(weight=values)
-        self._keep(scale=scale, zero_point=torch.zeros(len(scale), dtype=torch.int64))
+            self._keep(weight=(values.to(torch.int16) + self._zero).to(self._dtype))
+        self._keep(scale=scale, zero_point=torch.full((len(scale),), self._zero))
 
     def weight(self) -> Tensor:
-        ends = (self._grid.low, self._grid.high)
-        scale, zero = self._kept("scale"), self._kept("zero_point")
+        ends = (self._grid.low + self._zero, self._grid.high + self._zero)
+        grid = (self._kept("scale"), self._kept("zero_point"), self._axis, *ends, self._dtype)
         values = self._kept("weight")
         if self._spelling.weights_in_graph:
-            values = _OPS.quantize_per_channel(values, scale, zero, self._axis, *ends, torch.int8)
-        result: Tensor = _OPS.dequantize_per_channel(
-            values, scale, zero, self._axis, *ends, torch.int8
-        )
+            values = _OPS.quantize_per_channel(values, *grid)
+        result: Tensor = _OPS.dequantize_per_channel(values, *grid)
         return result
 
     def bias(self, given: Tensor | None) -> Tensor | None:
@@ -218,7 +220,7 @@ class _Layer:
         bias = self._kept("bias")
         if self._integer_bias:
             bias = _OPS.dequantize_per_channel(
-                bias, self._kept("bias_scale"), self._kept("zero_point"), 0,
+                bias, self._kept("bias_scale"), self._kept("bias_zero_point"), 0,
                 -_INT32 - 1, _INT32, torch.int32,
             )  # fmt: skip
         return bias

@@ -155,7 +155,9 @@ def quantized_network(network: nn.Module) -> Quantization:
 
 def _parts(record: Mapping[str, Any]) -> tuple[QuantizationScheme, Placement]:
     try:
-        return QuantizationScheme(**record["scheme"]), Placement.from_plain(record["placement"])
+        return QuantizationScheme.from_plain(record["scheme"]), Placement.from_plain(
+            record["placement"]
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"the quantization record is incomplete or has unknown parts ({error}). It was not "
@@ -347,4 +349,4 @@ def fit_weights(network: nn.Module) -> None:
             quantizer.follow(weight)
         else:
             scale = mse_weight_scale(weight.detach(), quantizer.grid, quantizer.axis)
-            quantizer.set_scale(scale)
+            quantizer.set_scale(quantizer.safe(scale, weight))

@@ -15,6 +15,7 @@ from lit_compress.compress.quantization.affine import (
     fake_quantize,
     learned_fake_quantize,
 )
+from lit_compress.compress.quantization.saturation import safe_scale
 
 __all__ = ["ActivationQuantizer", "DynamicQuantizer", "Quantizer", "WeightQuantizer"]
 
@@ -180,25 +181,42 @@ class WeightQuantizer(Quantizer):
         axis: The dimension of output channels.
         ranges: ``"minmax"``: scales follow the greatest magnitude of each channel. ``"mse"``:
             they stay where calibration put them. ``"learned"``: they are trained.
+        pair_axis: The dimension of output channels of a weight of which no two products are to
+            saturate, see :func:`~lit_compress.compress.quantization.saturation.safe_scale`;
+            ``None`` where that does not matter.
     """
 
     def __init__(
-        self, grid: Grid, num_channels: int | None, axis: int = 0, ranges: str = "minmax"
+        self,
+        grid: Grid,
+        num_channels: int | None,
+        axis: int = 0,
+        ranges: str = "minmax",
+        pair_axis: int | None = None,
     ) -> None:
         shape = () if num_channels is None else (num_channels,)
         super().__init__(grid, shape, learned=ranges == "learned")
         self.axis = None if num_channels is None else axis
         self.ranges = ranges
+        self.pair_axis = pair_axis
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight as it is, or rounded to the grid; same shape and dtype."""
         if not self.quantizing:
             return weight
-        if self.learned:
-            return learned_fake_quantize(weight, self.step, self.zero_point, self.grid, self.axis)
+        rounded = learned_fake_quantize if self.learned else fake_quantize
+        return rounded(weight, self.step_for(weight), self.zero_point, self.grid, self.axis)
+
+    def step_for(self, weight: Tensor) -> Tensor:
+        """The scale by which it rounds a weight, of the shape of :attr:`scale`."""
         if self.ranges == "minmax":
             self.follow(weight)
-        return fake_quantize(weight, self.scale, self.zero_point, self.grid, self.axis)
+            return self.scale
+        return self.safe(self.step, weight)
+
+    def safe(self, scale: Tensor, weight: Tensor) -> Tensor:
+        """A scale, or a larger one where two products of the weight's integers may saturate."""
+        return scale if self.pair_axis is None else safe_scale(weight, scale, self.pair_axis)
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
@@ -220,7 +238,7 @@ class WeightQuantizer(Quantizer):
         else:
             greatest = magnitude.transpose(0, self.axis).flatten(1).amax(1)
         scale, _ = affine_parameters(-greatest, greatest, self.grid, checked=False)
-        self.scale.copy_(scale)
+        self.scale.copy_(self.safe(scale, weight))
 
     def extra_repr(self) -> str:
         """Bits, ranges and axis."""

@@ -241,11 +241,10 @@ def _problem(samples: LayerSamples, behind: _Behind, layer: str) -> LayerProblem
 
 
 def _soft_rounding(weight: Tensor, quantizer: WeightQuantizer) -> SoftRounding:
-    if quantizer.ranges == "minmax":
-        quantizer.follow(weight)
     return SoftRounding(
         weight.detach().float(),
-        quantizer.scale.detach(),
+        quantizer.step_for(weight).detach(),
         quantizer.grid,
         keep_greatest=quantizer.ranges == "minmax",
+        pairs=quantizer.pair_axis is not None,
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from lit_compress.compress.layers import refuse_bare_string
 from lit_compress.compress.quantization.affine import Grid
+from lit_compress.compress.quantization.saturation import may_saturate
 
 __all__ = ["ActivationRanges", "QuantizationScheme", "WeightRanges"]
 
@@ -42,6 +43,10 @@ class QuantizationScheme:
         quantize_last_layer: Whether the last layer is quantized.
         per_tensor_weights: Names of weights with one scale for all channels, so that equal values
             stay equal across channels; those of clustered layers.
+        avoid_saturation: Whether scales of 8-bit weights are large enough that the products of two
+            weights never exceed 16 bits, which x86 processors without VNNI add them in. Integer
+            files are then right, and as fast as they can be, on every processor; see
+            :mod:`~lit_compress.compress.quantization.saturation`. Nothing changes below 8 bits.
 
     Raises:
         ValueError: If a value is out of range or of the wrong kind.
@@ -56,6 +61,7 @@ class QuantizationScheme:
     quantize_first_layer: bool = True
     quantize_last_layer: bool = True
     per_tensor_weights: Sequence[str] = ()
+    avoid_saturation: bool = True
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -80,7 +86,7 @@ class QuantizationScheme:
                     f"{name} is {value!r}; give a list of names, as in ['features.0']."
                 )
             object.__setattr__(self, name, tuple(value))
-        for name in ("quantize_first_layer", "quantize_last_layer"):
+        for name in ("quantize_first_layer", "quantize_last_layer", "avoid_saturation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false.")
         object.__setattr__(self, "layer_bits", dict(self.layer_bits))
@@ -104,6 +110,27 @@ class QuantizationScheme:
     def activation_grid(self) -> Grid | None:
         """The integers for activations; ``None`` where they stay in floating point."""
         return None if self.activation_bits is None else Grid(self.activation_bits, signed=False)
+
+    def limits_pairs(self, layer: str) -> bool:
+        """Whether the scales of a layer's weight have to keep two products within 16 bits.
+
+        Args:
+            layer: The layer's name in the network.
+        """
+        grid = self.activation_grid
+        if grid is None or not self.avoid_saturation:
+            return False
+        return may_saturate(self.weight_grid(layer).high, grid.high)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> QuantizationScheme:
+        """What :meth:`to_plain` gave; also before ``avoid_saturation`` existed.
+
+        Raises:
+            TypeError: If it has unknown parts.
+            ValueError: If a value is out of range or of the wrong kind.
+        """
+        return cls(**{"avoid_saturation": False, **plain})
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data for a checkpoint."""

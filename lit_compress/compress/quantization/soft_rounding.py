@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 from lit_compress.compress.quantization.affine import Grid
+from lit_compress.compress.quantization.saturation import (
+    MAX_PAIR_SUM,
+    in_large_pairs,
+    largest_pair_sum,
+)
 
 __all__ = ["LayerProblem", "SoftRounding", "learn"]
 
@@ -68,10 +73,15 @@ class SoftRounding:
         scale: ``[channels]`` or ``[]``.
         grid: A signed grid.
         keep_greatest: Whether the greatest magnitude that shares a scale stays as it is, for scales
-            that follow it.
+            that follow it; with ``pairs`` the neighbours with the greatest sum, too.
+        pairs: Whether no two neighbours are to saturate, see
+            :mod:`~lit_compress.compress.quantization.saturation`; the scale has to allow it.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, grid: Grid, keep_greatest: bool) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, grid: Grid, keep_greatest: bool, pairs: bool = False
+    ) -> None:
+        self._weight, self._pairs = weight, pairs
         self._scale = scale.reshape(-1, *[1] * (weight.dim() - 1))
         self._grid = grid
         steps = (weight / self._scale).clamp(grid.low, grid.high)
@@ -83,6 +93,12 @@ class SoftRounding:
             magnitude = weight.abs()
             dims = list(range(1, weight.dim())) if scale.dim() else list(range(weight.dim()))
             self._fixed |= magnitude == magnitude.amax(dims, keepdim=True)
+        self._kept = torch.zeros_like(self._fixed)
+        if keep_greatest and pairs:
+            largest = largest_pair_sum(weight)
+            largest = largest if scale.dim() else largest.amax()
+            self._kept = in_large_pairs(weight, largest * (1 - 1e-6))
+            self._fixed |= self._kept
 
     def start(self) -> Tensor:
         """The variable of each weight at which nothing is rounded (equation 23 solved for it)."""
@@ -96,17 +112,26 @@ class SoftRounding:
 
     def soft(self, up: Tensor) -> Tensor:
         """Weights between two integers each."""
-        steps = torch.where(self._fixed, self._nearest, self._below + up)
-        return steps.clamp(self._grid.low, self._grid.high) * self._scale
+        return self._weights(torch.where(self._fixed, self._nearest, self._below + up))
 
     def hard(self, variable: Tensor) -> Tensor:
         """Weights on the grid."""
-        return self.soft((self.up(variable) >= 0.5).float())
+        steps = self._below + (self.up(variable) >= 0.5).float()
+        steps = torch.where(self._fixed, self._nearest, steps)
+        if self._pairs:  # a sum of MAX_PAIR_SUM would move a scale that follows the greatest one
+            over = in_large_pairs(steps, steps.new_tensor(MAX_PAIR_SUM - 1))
+            steps = torch.where(over, self._nearest, steps)
+        return self._weights(steps)
 
     @property
     def nearest(self) -> Tensor:
         """Weights on the grid, each rounded to the nearest."""
-        return self._nearest * self._scale
+        return self._weights(self._nearest)
+
+    def _weights(self, steps: Tensor) -> Tensor:
+        """Multiples of the scale, but for neighbours that the scale follows."""
+        rounded = steps.clamp(self._grid.low, self._grid.high) * self._scale
+        return torch.where(self._kept, self._weight, rounded)
 
     def undecided(self, up: Tensor, sharpness: float) -> Tensor:
         """Sum of ``1 - |2 up - 1|^sharpness`` over the weights that can move (equation 24)."""

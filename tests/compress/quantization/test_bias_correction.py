@@ -83,7 +83,8 @@ def test_on_one_batch_the_means_become_those_of_the_float_network():
     }
     for name in ("biased:conv2d:0", "up:conv_transpose2d:0", "head:linear:0"):
         error = (after[name] - float_means[name]).abs().max()
-        assert error < 1e-5 < (before[name] - float_means[name]).abs().max()
+        # Up to the rounding of the bias itself, half of input scale times weight scale.
+        assert error < 1e-3 < (before[name] - float_means[name]).abs().max()
     changed = {n for n, p in net.named_parameters()
                if not torch.equal(p, untouched.get_parameter(n))}  # fmt: skip
     assert changed == set(EXPECTED.values())

@@ -61,7 +61,7 @@ def steps_between(net: nn.Module, inputs: Any, spelling: Spelling, bits: int = 8
 def test_integers_compute_what_the_network_computes(name, spelling):
     net, inputs = quantized(name)
     steps = steps_between(net, inputs, SPELLINGS[spelling])
-    assert steps.max() <= (2.5 if SPELLINGS[spelling].quantized_outputs else 2)
+    assert steps.max() <= (3 if SPELLINGS[spelling].quantized_outputs else 2)
     # Most do not move, though a value may be rounded up here and down there. Where answers go on a
     # grid of their own, they all move by up to half a step.
     assert steps.median() <= (0.35 if SPELLINGS[spelling].quantized_outputs else 0.1)
@@ -116,7 +116,10 @@ def test_layers_are_the_rounded_weights_times_the_norm():
         layer.weight, rounded * factor.reshape(-1, 1, 1, 1), rtol=1e-5, atol=1e-30
     )
     bias = (net[0].bias - norm.running_mean) * factor + norm.bias
-    assert torch.allclose(layer.bias, bias, atol=1e-6)
+    step = layer.scale * net.quantization.activation("input:0").step
+    assert torch.all((layer.bias - bias).abs() <= 0.51 * step + 1e-6)
+    fits = bias.abs() < 2**30 * step
+    assert torch.allclose(layer.bias[fits] / step[fits], torch.round(bias / step)[fits], atol=0.01)
     assert torch.isfinite(layer.scale).all()
     assert layer.scale.min() > 0
     # Next to nothing is nothing, and not something under a scale of one.

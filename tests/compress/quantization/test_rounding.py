@@ -180,7 +180,7 @@ def test_bias_correction_afterwards_knows_the_float_weights(rounded):
             return given
 
         run_layers(model, forward, BATCHES[0], note, rounded=is_rounded)
-    assert torch.allclose(means[True], means[False], atol=1e-5)
+    assert torch.allclose(means[True], means[False], atol=1e-3)  # biases are rounded, too
 
 
 @pytest.mark.parametrize("layer", ["conv", "depthwise", "same", "reflected", "head"])
