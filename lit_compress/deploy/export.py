@@ -82,8 +82,8 @@ class ExportedFile:
         if self.slow_layers:
             lines += [
                 "",
-                f"{_named(self.slow_layers)} could saturate on x86 without VNNI and got uint8 "
-                "weights, which are slower. Quantize with avoid_saturation=True.",
+                f"{_named(self.slow_layers)} could saturate on x86 without VNNI and got a "
+                "form that is slower. Quantize with avoid_saturation=True.",
             ]
         if self.needs_vnni:
             lines += ["", f"{_named(self.needs_vnni)} may saturate on x86 without VNNI."]
@@ -150,12 +150,13 @@ def export(
         written: FlatCall = reference
         saturating: tuple[str, ...] = ()
         if integers:
-            unsigned = route.spelling.unsigned_weights and not assume_vnni
-            network_of_integers = integer_network(
-                on_cpu, replace(route.spelling, unsigned_weights=unsigned)
-            )
+            spelling = route.spelling
+            saturates = spelling.saturating_weights != "int8"
+            if assume_vnni:
+                spelling = replace(spelling, saturating_weights="int8")
+            network_of_integers = integer_network(on_cpu, spelling)
             written = FlatCall(network_of_integers, example_inputs)
-            saturating = network_of_integers.saturating if route.spelling.unsigned_weights else ()
+            saturating = network_of_integers.saturating if saturates else ()
         with replacing(path) as temporary:
             start = time.perf_counter()
             _write(written, route, target, temporary, flat_inputs(example_inputs), integers)

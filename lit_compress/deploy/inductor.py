@@ -24,7 +24,7 @@ class InductorRoute(Route):
 
     suffix = ".pt2"
     extra = None
-    spelling = Spelling()
+    spelling = Spelling(saturating_weights="float")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""

@@ -30,7 +30,7 @@ class OnnxRoute(Route):
 
     suffix = ".onnx"
     extra = "onnx"
-    spelling = Spelling(integer_bias=True, unsigned_weights=True)
+    spelling = Spelling(integer_bias=True, saturating_weights="uint8")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""

@@ -82,7 +82,7 @@ def integers(module: nn.Module, name: str) -> Tensor:
     """A weight of a quantized ``Net`` in steps of its grid; they must be whole."""
     quantizer, weight = quantizers(module).weight(name), module.model.get_parameter(name)
     rounded = quantizer(weight).detach()
-    scale = quantizer.scale.detach().reshape(-1, *[1] * (weight.dim() - 1))
+    scale = quantizer.step_for(weight).detach().reshape(-1, *[1] * (weight.dim() - 1))
     steps = rounded / scale
     assert torch.allclose(steps, steps.round(), atol=1e-3)
     return steps.round().int()

@@ -93,3 +93,19 @@ def test_networks(name, tmp_path):
     assert torch.equal(exact, simulated)
     with torch.no_grad():
         assert torch.cosine_similarity(net(x), simulated).min() > 0.998
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [{}, {"avoid_saturation": False}])
+@pytest.mark.parametrize(
+    ("target", "package"),
+    [("executorch", "executorch"), ("litert", "litert_torch"), ("inductor", "torch")],
+)
+def test_other_runtimes_are_right_on_this_processor(target, package, scheme, tmp_path):
+    """XNNPACK adds in 32 bits; AOTInductor would saturate, and gets floats for such layers."""
+    pytest.importorskip(package)
+    net = quantized(positive(small_net()), [images(8, 1), images(8, 2)], **scheme)
+    x = images(8, 3)
+    done = export(net, target, tmp_path / "net", x, tolerance=ANY)
+    assert done.parity.max_relative_error < 0.005
+    assert bool(done.slow_layers) == (target == "inductor" and bool(scheme))

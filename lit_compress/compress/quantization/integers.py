@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
@@ -49,15 +49,16 @@ class Spelling:
         weights_in_graph: Weights as float32 on their grid, with quantization and dequantization in
             the graph, instead of int8 with dequantization.
         quantized_outputs: Results of layers on a grid also where no layer takes integers from them.
-        unsigned_weights: Weights with which x86 without VNNI may saturate as uint8 with zero point
-            128, instead of int8: such products are added in 32 bits, at up to half the speed.
+        saturating_weights: How weights are written with which x86 without VNNI may saturate:
+            ``"int8"`` like the others; ``"uint8"`` with zero point 128, whose products are added in
+            32 bits; ``"float"`` on their grid, for a kernel of floats.
     """
 
     signed_activations: bool = False
     integer_bias: bool = False
     weights_in_graph: bool = False
     quantized_outputs: bool = False
-    unsigned_weights: bool = False
+    saturating_weights: Literal["int8", "uint8", "float"] = "int8"
 
 
 def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
@@ -196,9 +197,10 @@ class _Layer:
         elif bias is not None:
             self._keep(bias=bias)
         self._has_bias = bias is not None
-        unsigned = spelling.unsigned_weights and layer.saturates
-        self._zero, self._dtype = (128, torch.uint8) if unsigned else (0, torch.int8)
-        if spelling.weights_in_graph:
+        form = spelling.saturating_weights if layer.saturates else "int8"
+        self._zero, self._dtype = (128, torch.uint8) if form == "uint8" else (0, torch.int8)
+        self._floating = form == "float"
+        if spelling.weights_in_graph or self._floating:
             zero = torch.zeros_like(scale)
             self._keep(weight=dequantize(values, scale, zero, layer.axis))
         else:
@@ -209,6 +211,8 @@ class _Layer:
         ends = (self._grid.low + self._zero, self._grid.high + self._zero)
         grid = (self._kept("scale"), self._kept("zero_point"), self._axis, *ends, self._dtype)
         values = self._kept("weight")
+        if self._floating:
+            return values
         if self._spelling.weights_in_graph:
             values = _OPS.quantize_per_channel(values, *grid)
         result: Tensor = _OPS.dequantize_per_channel(values, *grid)
