@@ -19,6 +19,14 @@ from lit_compress.compress.quantization.calls import (
     seen_calls,
     with_layer_arguments,
 )
+from lit_compress.compress.quantization.gates import gate_input
+from lit_compress.compress.quantization.integer_gates import (
+    Constants,
+    GateSpelling,
+    keep_one,
+    round_trip,
+    write_gate,
+)
 from lit_compress.compress.quantization.integer_layers import (
     IntegerLayer,
     integer_layers,
@@ -29,7 +37,12 @@ from lit_compress.compress.quantization.network import (
     quantized_network,
     remove_quantization,
 )
-from lit_compress.compress.quantization.quantizers import ActivationQuantizer, DynamicQuantizer
+from lit_compress.compress.quantization.quantizers import (
+    ActivationQuantizer,
+    DynamicQuantizer,
+    GateQuantizer,
+    Quantizer,
+)
 
 __all__ = ["IntegerLayer", "IntegerNetwork", "Spelling", "integer_layers", "integer_network"]
 
@@ -47,12 +60,14 @@ class Spelling:
         weights_in_graph: Weights as float32 on their grid, with quantization and dequantization in
             the graph, instead of int8 with dequantization.
         quantized_outputs: Results of layers on a grid also where no layer takes integers from them.
+        gates: How hard sigmoids and hardswish are written.
     """
 
     signed_activations: bool = False
     integer_bias: bool = False
     weights_in_graph: bool = False
     quantized_outputs: bool = False
+    gates: GateSpelling = "sigmoids"
 
 
 def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
@@ -99,6 +114,9 @@ class IntegerNetwork(nn.Module):
             self._activation_of |= quantization.placement.outputs
         self._grids = _activation_grids(quantization, spelling)
         self._norms = dict(quantization.placement.batch_norms)
+        self._gates = _gate_grids(quantization, spelling)
+        if self._gates:
+            keep_one(self, _dtype(spelling))
         self._layers: dict[str, _Layer] = {}
         for index, (call, layer) in enumerate(layers.items()):
             scale = self._input_scale(quantization, call)
@@ -134,6 +152,10 @@ class IntegerNetwork(nn.Module):
             _, _, bias = layer_arguments(args, kwargs)
             layer = self._layers[name]
             args, kwargs = with_layer_arguments(args, kwargs, layer.weight(), layer.bias(bias))
+        if name in self._gates:
+            x, grids = gate_input(args, kwargs), self._gates[name]
+            result = write_gate(op, x, *grids, spelling=self.spelling.gates, owner=self)
+            return self._quantize(name, result)
         return self._quantize(name, func(*args, **kwargs))
 
     def _quantize(self, name: str, value: Any) -> Any:
@@ -241,29 +263,44 @@ def _activation_grids(
     return {name: _rounding(quantization.activation(name), spelling) for name in names}
 
 
+def _dtype(spelling: Spelling) -> torch.dtype:
+    return torch.int8 if spelling.signed_activations else torch.uint8
+
+
+def _constants(quantizer: Quantizer, spelling: Spelling) -> Constants:
+    shift = 128 if spelling.signed_activations else 0
+    grid, zero = quantizer.grid, int(quantizer.zero_point) - shift
+    return float(quantizer.step), zero, grid.low - shift, grid.high - shift, _dtype(spelling)
+
+
+def _gate_grids(
+    quantization: Quantization, spelling: Spelling
+) -> dict[str, tuple[Constants, Constants, Constants]]:
+    """By call: the grids of its input, its gate and its result."""
+    activations = quantization.placement.activations
+    return {
+        name: (
+            _constants(quantization.activation(activations[given]), spelling),
+            _constants(quantization.gate(name), spelling),
+            _constants(quantization.activation(activations[name]), spelling),
+        )
+        for name, given in quantization.placement.gates.items()
+    }
+
+
 def _rounding(
-    quantizer: ActivationQuantizer | DynamicQuantizer, spelling: Spelling
+    quantizer: ActivationQuantizer | DynamicQuantizer | GateQuantizer, spelling: Spelling
 ) -> Callable[[Tensor], Tensor]:
     """Quantization and dequantization of an activation, as operators with constants."""
-    shift = 128 if spelling.signed_activations else 0
-    dtype = torch.int8 if spelling.signed_activations else torch.uint8
-    grid = quantizer.grid
     if isinstance(quantizer, DynamicQuantizer):
-        return _dynamic_rounding(grid, shift, dtype)
-    scale, zero = float(quantizer.step), int(quantizer.zero_point)
-    constants = (scale, zero - shift, grid.low - shift, grid.high - shift, dtype)
-    # Runtimes clip at the ends of eight bits only.
-    ends = ((grid.low - zero) * scale, (grid.high - zero) * scale) if grid.bits < 8 else None
+        shift = 128 if spelling.signed_activations else 0
+        return _dynamic_rounding(quantizer.grid, shift, _dtype(spelling))
+    constants = _constants(quantizer, spelling)
 
-    def round_trip(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        x = x if ends is None else x.clamp(*ends)
-        integers = _OPS.quantize_per_tensor(x, *constants)
-        result: Tensor = _OPS.dequantize_per_tensor(integers, *constants)
-        return result
+    def rounded(x: Tensor) -> Tensor:
+        return round_trip(x, constants) if x.is_floating_point() else x
 
-    return round_trip
+    return rounded
 
 
 def _dynamic_rounding(grid: Grid, shift: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
