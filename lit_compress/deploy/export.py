@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_compress.compress.quantization.integers import integer_network
-from lit_compress.compress.quantization.network import is_quantized
+from lit_compress.compress.quantization.integers import Spelling, integer_network
+from lit_compress.compress.quantization.network import is_quantized, without_quantizers
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.parity import Parity, ParityTolerance, compare
 from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
@@ -30,7 +30,7 @@ from lit_compress.measure.inputs import (
 from lit_compress.measure.size import compressed_length
 from lit_compress.measure.table import aligned, megabytes
 
-__all__ = ["ExportedFile", "export"]
+__all__ = ["ExportedFile", "export", "export_as"]
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,56 @@ def export(
             "Quantize it first, with lit-compress quantize, PostTrainingQuantization or "
             "QuantizationAwareTraining, or export it to onnx."
         )
+    return export_as(
+        network,
+        target,
+        path,
+        example_inputs,
+        route.spelling if integers else None,
+        check_inputs=check_inputs,
+        tolerance=tolerance,
+        num_threads=num_threads,
+    )
+
+
+def export_as(
+    network: nn.Module,
+    target: Target,
+    path: str | os.PathLike[str],
+    example_inputs: ExampleInputs,
+    spelling: Spelling | None,
+    *,
+    check_inputs: Sequence[ExampleInputs] | None = None,
+    tolerance: ParityTolerance | None = None,
+    num_threads: int = 1,
+) -> ExportedFile:
+    """As :func:`export`, in a spelling of its own.
+
+    Args:
+        network: As in :func:`export`.
+        target: Likewise.
+        path: Likewise.
+        example_inputs: Likewise.
+        spelling: How a quantized network is written; ``None``: with the floats that its weights
+            are, and still compared with what it computes as a quantized one.
+        check_inputs: As in :func:`export`.
+        tolerance: Likewise.
+        num_threads: Likewise.
+
+    Raises:
+        ExportError: As :func:`export`, as the others.
+        MissingExtra: Likewise.
+        ParityError: Likewise.
+        ValueError: Likewise, or if a network of floats is to be spelled.
+    """
+    route, integers = route_to(target), spelling is not None
     path = _with_suffix(Path(path), route)
     batches = list(check_inputs) if check_inputs is not None else [example_inputs]
     if not batches:
         raise ValueError("check_inputs holds no batch; give at least one, or leave it out.")
     with _in_evaluation_on_cpu(network) as on_cpu:
         reference = _checked_call(on_cpu, example_inputs)
-        written = FlatCall(integer_network(on_cpu, route.spelling), example_inputs) if integers \
-            else reference  # fmt: skip
+        written = _spelled(on_cpu, spelling, example_inputs)
         with replacing(path) as temporary:
             start = time.perf_counter()
             _write(written, route, target, temporary, flat_inputs(example_inputs), integers)
@@ -142,6 +184,14 @@ def export(
         parity=parity,
         seconds=seconds,
     )
+
+
+def _spelled(network: nn.Module, spelling: Spelling | None, inputs: ExampleInputs) -> FlatCall:
+    if spelling is not None:
+        return FlatCall(integer_network(network, spelling), inputs)
+    if is_quantized(network):
+        network = without_quantizers(copy.deepcopy(network))
+    return FlatCall(network, inputs)
 
 
 def _with_suffix(path: Path, route: Route) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,13 +13,15 @@ from lit_compress.compress.quantization.gates import PRODUCTS, gated
 
 __all__ = ["Constants", "GateSpelling", "keep_one", "round_trip", "write_gate"]
 
-GateSpelling: TypeAlias = Literal["sigmoids", "sums", "steps"]
-"""How hard sigmoids are written; soft ones are an operator of their own in any case.
+GateSpelling: TypeAlias = Literal["whole", "sigmoids", "sums", "steps"]
+"""How activations with gates are written.
 
-``"sigmoids"``: as one operator on real numbers. ``"sums"``: ``x / 6 + 1 / 2`` as a sum of the
-integers of ``x``, read with a sixth of their scale, and a constant; the grid of the gate clips it at
-0 and 1. ``"steps"``: ``x + 3`` on a grid of 0 to 6, and a product with 1 / 6 at the end, where
-integers cannot be read with another scale.
+``"whole"``: as one operator on real numbers, whose gate is not rounded. All others round it, and
+write a soft sigmoid as an operator of its own; they differ in hard ones. ``"sigmoids"``: these, too,
+are an operator on real numbers. ``"sums"``: ``x / 6 + 1 / 2`` is a sum of the integers of ``x``,
+read with a sixth of their scale, and a constant; the grid of the gate clips it at 0 and 1.
+``"steps"``: ``x + 3`` on a grid of 0 to 6, and a product with 1 / 6 at the end, for runtimes in
+which integers have one scale only.
 """
 Constants: TypeAlias = tuple[float, int, int, int, torch.dtype]
 """Scale, zero point, ends and dtype of a grid, as the operators take them."""
@@ -45,7 +46,7 @@ def write_gate(
         given: The grid of ``x``.
         gate: The grid of the gate.
         result: The grid of the result, on which it is not yet.
-        spelling: How hard sigmoids are written.
+        spelling: How it is written; not ``"whole"``, which needs nothing of this.
         owner: Keeps constants; see :func:`keep_one`.
 
     Returns:

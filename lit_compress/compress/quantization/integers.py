@@ -60,7 +60,7 @@ class Spelling:
         weights_in_graph: Weights as float32 on their grid, with quantization and dequantization in
             the graph, instead of int8 with dequantization.
         quantized_outputs: Results of layers on a grid also where no layer takes integers from them.
-        gates: How hard sigmoids and hardswish are written.
+        gates: How sigmoids, SiLU and hardswish are written.
     """
 
     signed_activations: bool = False
@@ -114,7 +114,7 @@ class IntegerNetwork(nn.Module):
             self._activation_of |= quantization.placement.outputs
         self._grids = _activation_grids(quantization, spelling)
         self._norms = dict(quantization.placement.batch_norms)
-        self._gates = _gate_grids(quantization, spelling)
+        self._gates = {} if spelling.gates == "whole" else _gate_grids(quantization, spelling)
         if self._gates:
             keep_one(self, _dtype(spelling))
         self._layers: dict[str, _Layer] = {}

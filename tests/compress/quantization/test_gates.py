@@ -1,4 +1,4 @@
-"""Sigmoids, SiLU and hardswish: their gates are rounded between 0 and 1, and written in integers."""
+"""Sigmoids, SiLU and hardswish: gates rounded between 0 and 1, and written in integers."""
 
 import copy
 import json
