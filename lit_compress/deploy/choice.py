@@ -111,7 +111,7 @@ def export_fastest(
     errors: dict[str, ExportError | ParityError] = {}
     with tempfile.TemporaryDirectory() as folder:
         for form, spelling in forms_for(target).items():
-            if form == "activations in float" and not _has_gates(network):
+            if form == "activations in float" and not _are_others(network, target):
                 continue
             try:
                 written[form] = export_as(
@@ -145,5 +145,7 @@ def export_fastest(
     return FastestFile(replace(written[form], path=place), form, medians, said)
 
 
-def _has_gates(network: nn.Module) -> bool:
-    return bool(quantized_network(network).placement.gates)
+def _are_others(network: nn.Module, target: Target) -> bool:
+    """Whether activations are written otherwise by default, and there are any."""
+    is_default = route_to(target).spelling.gates == "whole"
+    return not is_default and bool(quantized_network(network).placement.gates)

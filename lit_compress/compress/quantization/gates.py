@@ -1,8 +1,8 @@
 """Sigmoids and what multiplies by them, as integers compute them.
 
 SiLU is ``x * sigmoid(x)``, hardswish ``x * clip(x / 6 + 1 / 2, 0, 1)``. Runtimes have fast integer
-kernels for products, sums and tables of sigmoids, not for these as a whole, so that the gate between
-0 and 1 is rounded as well. Its range is known: nothing is calibrated or learned.
+kernels for products, sums and tables of sigmoids, not for these as a whole, so that the gate
+between 0 and 1 is rounded as well. Its range is known: nothing is calibrated or learned.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ GateSpelling: TypeAlias = Literal["whole", "sigmoids", "sums", "steps"]
 """How activations with gates are written.
 
 ``"whole"``: as one operator on real numbers, whose gate is not rounded. All others round it, and
-write a soft sigmoid as an operator of its own; they differ in hard ones. ``"sigmoids"``: these, too,
-are an operator on real numbers. ``"sums"``: ``x / 6 + 1 / 2`` is a sum of the integers of ``x``,
+write a soft sigmoid as an operator of its own; they differ in hard ones. ``"sigmoids"``: these are
+an operator on real numbers, too. ``"sums"``: ``x / 6 + 1 / 2`` is a sum of the integers of ``x``,
 read with a sixth of their scale, and a constant; the grid of the gate clips it at 0 and 1.
 ``"steps"``: ``x + 3`` on a grid of 0 to 6, and a product with 1 / 6 at the end, for runtimes in
 which integers have one scale only.

@@ -67,7 +67,7 @@ class Spelling:
     integer_bias: bool = False
     weights_in_graph: bool = False
     quantized_outputs: bool = False
-    gates: GateSpelling = "sigmoids"
+    gates: GateSpelling = "whole"
 
 
 def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
