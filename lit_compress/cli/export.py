@@ -18,7 +18,15 @@ from lit_compress.cli.inspection import fill, numbers
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.subject import Subject, find_subject
 from lit_compress.compress.quantization.network import without_quantizers
-from lit_compress.deploy import ExportedFile, LoadedFile, ParityError, ParityTolerance, load_file
+from lit_compress.deploy import (
+    ExportedFile,
+    FastestFile,
+    LoadedFile,
+    ParityError,
+    ParityTolerance,
+    export_fastest,
+    load_file,
+)
 from lit_compress.deploy import export as export_network
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.runtimes import ROUTES
@@ -65,7 +73,7 @@ def export(args: Sequence[str]) -> None:
     metrics = dict(subject.validate()) if options.validate else {}
     written = []
     for target in targets:
-        file = export_network(
+        done = (export_fastest if options.fastest else export_network)(
             subject.network,
             target,
             _place(options, target, len(targets)),
@@ -75,10 +83,13 @@ def export(args: Sequence[str]) -> None:
             num_threads=options.threads,
             assume_vnni=options.assume_vnni,
         )
+        file = done.file if isinstance(done, FastestFile) else done
         scored = _scored(subject, file, example, metrics, options) if options.validate else {}
         plain = {**to_plain(file), "path": str(file.path)}
+        if isinstance(done, FastestFile):
+            plain |= {"form": done.form, "median_ms": dict(done.median_ms)}
         written.append({**plain, "metrics": {"torch": metrics, "file": scored}})
-        print(_shown(file, metrics, scored), end="\n\n")
+        print(_shown(done, metrics, scored), end="\n\n")
     if options.json:
         write_text(options.json, json.dumps(written, indent=2) + "\n")
 
@@ -111,6 +122,8 @@ def _parser() -> CommandParser:
     add("--assume_vnni", "--assume-vnni", action="store_true",
         help="Write the fastest integers for x86 with VNNI, wrong on older ones.")  # fmt: skip
     add("--float", action="store_true", help="Leave quantization off: the file to compare with.")
+    add("--fastest", action="store_true", help="Write a quantized model with integers, with its "
+        "activations in float and in float, and keep what is fastest on this machine.")  # fmt: skip
     add("--threads", type=int, default=1, help="Threads of the runtime while comparing.")
     add("--assets", type=str | None, help="Folder with data/ and weights/.")
     add("--json", type=str | None, help="Write the figures here.")
@@ -198,8 +211,10 @@ class _FileInstead:
         return tree_unflatten(outputs, self._spec)
 
 
-def _shown(file: ExportedFile, metrics: Mapping[str, float], scored: Mapping[str, float]) -> str:
-    text = str(file)
+def _shown(
+    done: ExportedFile | FastestFile, metrics: Mapping[str, float], scored: Mapping[str, float]
+) -> str:
+    text = str(done)
     if scored:
         rows = [(name, f"{v:.4f}", f"{scored[name]:.4f}") for name, v in metrics.items()]
         text += "\n\n" + "\n".join(aligned(("validation", "torch", "file"), rows))

@@ -2,6 +2,7 @@
 
 from lit_compress.deploy.benchmark import benchmark_files
 from lit_compress.deploy.benchmark_result import BenchmarkResult, FileLatency, MeasuredFile
+from lit_compress.deploy.choice import FastestFile, export_fastest
 from lit_compress.deploy.export import ExportedFile, export
 from lit_compress.deploy.parity import Parity, ParityError, ParityTolerance, compare
 from lit_compress.deploy.route import ExportError, MissingExtra, Target
@@ -12,6 +13,7 @@ __all__ = [
     "BenchmarkResult",
     "ExportError",
     "ExportedFile",
+    "FastestFile",
     "FileLatency",
     "LoadedFile",
     "MeasuredFile",
@@ -23,6 +25,7 @@ __all__ = [
     "benchmark_files",
     "compare",
     "export",
+    "export_fastest",
     "load_file",
     "recognize",
     "use_sparse_kernels",

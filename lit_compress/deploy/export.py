@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_compress.compress.quantization.integers import integer_network
-from lit_compress.compress.quantization.network import is_quantized
+from lit_compress.compress.quantization.integers import Spelling, integer_network
+from lit_compress.compress.quantization.network import is_quantized, without_quantizers
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.parity import Parity, ParityTolerance, compare
 from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
@@ -31,7 +31,7 @@ from lit_compress.measure.processor import processor
 from lit_compress.measure.size import compressed_length
 from lit_compress.measure.table import aligned, megabytes
 
-__all__ = ["ExportedFile", "export"]
+__all__ = ["ExportedFile", "export", "export_as"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def export(
         ValueError: If a value is out of range, the network is of floats and the target takes
             integers only, or it does not run on the inputs.
     """
-    route = route_to(target)
+    route_to(target)
     integers = is_quantized(network)
     if target == "ort-int8" and not integers:
         raise ValueError(
@@ -141,22 +141,58 @@ def export(
             "Quantize it first, with lit-compress quantize, PostTrainingQuantization or "
             "QuantizationAwareTraining, or export it to onnx."
         )
+    return export_as(
+        network,
+        target,
+        path,
+        example_inputs,
+        integer_spelling(target, assume_vnni) if integers else None,
+        check_inputs=check_inputs,
+        tolerance=tolerance,
+        num_threads=num_threads,
+    )
+
+
+def export_as(
+    network: nn.Module,
+    target: Target,
+    path: str | os.PathLike[str],
+    example_inputs: ExampleInputs,
+    spelling: Spelling | None,
+    *,
+    check_inputs: Sequence[ExampleInputs] | None = None,
+    tolerance: ParityTolerance | None = None,
+    num_threads: int = 1,
+) -> ExportedFile:
+    """As :func:`export`, in a spelling of its own.
+
+    Args:
+        network: As in :func:`export`.
+        target: Likewise.
+        path: Likewise.
+        example_inputs: Likewise.
+        spelling: How a quantized network is written; ``None``: without integers, which is compared
+            with what it computes without its quantizers.
+        check_inputs: As in :func:`export`.
+        tolerance: Likewise.
+        num_threads: Likewise.
+
+    Raises:
+        ExportError: As :func:`export`, as the others.
+        MissingExtra: Likewise.
+        ParityError: Likewise.
+        ValueError: Likewise, or if a network of floats is to be spelled.
+    """
+    route, integers = route_to(target), spelling is not None
     path = _with_suffix(Path(path), route)
     batches = list(check_inputs) if check_inputs is not None else [example_inputs]
     if not batches:
         raise ValueError("check_inputs holds no batch; give at least one, or leave it out.")
     with _in_evaluation_on_cpu(network) as on_cpu:
         reference = _checked_call(on_cpu, example_inputs)
-        written: FlatCall = reference
-        saturating: tuple[str, ...] = ()
-        if integers:
-            spelling = route.spelling
-            saturates = spelling.saturating_weights != "int8"
-            if assume_vnni:
-                spelling = replace(spelling, saturating_weights="int8")
-            network_of_integers = integer_network(on_cpu, spelling)
-            written = FlatCall(network_of_integers, example_inputs)
-            saturating = network_of_integers.saturating if saturates else ()
+        written, saturating = _spelled(on_cpu, spelling, example_inputs)
+        if spelling is None and is_quantized(network):
+            reference = written  # a form without integers is what the network was in floats
         with replacing(path) as temporary:
             start = time.perf_counter()
             _write(written, route, target, temporary, flat_inputs(example_inputs), integers)
@@ -166,6 +202,7 @@ def export(
                 parity = compare(_pairs(reference, loaded, _resized(batches, size)))
             (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
     data = path.read_bytes()
+    form = None if spelling is None else spelling.saturating_weights
     return ExportedFile(
         path=path,
         target=target,
@@ -176,15 +213,40 @@ def export(
         parity=parity,
         seconds=seconds,
         cpu=processor(),
-        slow_layers=() if assume_vnni else saturating,
-        needs_vnni=saturating if assume_vnni else (),
+        slow_layers=saturating if form in ("uint8", "float") else (),
+        needs_vnni=saturating if form == "int8" else (),
     )
+
+
+def integer_spelling(target: Target, assume_vnni: bool = False) -> Spelling:
+    """How quantized networks are written for a target.
+
+    Args:
+        target: As in :func:`export`.
+        assume_vnni: Likewise.
+    """
+    spelling = route_to(target).spelling
+    if assume_vnni and spelling.saturating_weights != "exact":
+        return replace(spelling, saturating_weights="int8")
+    return spelling
 
 
 def _named(layers: Sequence[str], at_most: int = 4) -> str:
     names = ", ".join(layers[:at_most])
     more = len(layers) - at_most
     return f"{names} and {more} more layers" if more > 0 else names
+
+
+def _spelled(
+    network: nn.Module, spelling: Spelling | None, inputs: ExampleInputs
+) -> tuple[FlatCall, tuple[str, ...]]:
+    """What is written, and its layers with which x86 without VNNI may saturate."""
+    if spelling is not None:
+        integers = integer_network(network, spelling)
+        return FlatCall(integers, inputs), integers.saturating
+    if is_quantized(network):
+        network = without_quantizers(copy.deepcopy(network))
+    return FlatCall(network, inputs), ()
 
 
 def _with_suffix(path: Path, route: Route) -> Path:

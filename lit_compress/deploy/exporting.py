@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from lit_compress.deploy.route import Tensors
 
-__all__ = ["exported_program", "program_for_any_batch"]
+__all__ = ["exported_program", "program_for_any_batch", "share_integers"]
 
 
 def exported_program(module: nn.Module, inputs: Tensors) -> ExportedProgram:
@@ -47,6 +47,19 @@ def program_for_any_batch(module: nn.Module, inputs: Tensors) -> ExportedProgram
     except Exception:  # whatever it is: it comes again where it is not the batch
         return exported_program(module, inputs)
     return program if _takes_any_batch(program) else exported_program(module, inputs)
+
+
+def share_integers(program: ExportedProgram) -> None:
+    """Let what quantizes real numbers that come from integers of its grid take these, in place."""
+    graph = program.graph_module.graph
+    ops = torch.ops.quantized_decomposed
+    back = ops.dequantize_per_tensor.default
+    for node in graph.find_nodes(op="call_function", target=ops.quantize_per_tensor.default):
+        before = node.args[0]
+        if before.target is back and before.args[1:] == node.args[1:] and not before.kwargs:
+            node.replace_all_uses_with(before.args[0])
+            graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _export(module: nn.Module, inputs: Tensors, dynamic_shapes: Any) -> ExportedProgram:

@@ -29,7 +29,9 @@ class LitertRoute(Route):
 
     suffix = ".tflite"
     extra = "litert"
-    spelling = Spelling(signed_activations=True, weights_in_graph=True, quantized_outputs=True)
+    spelling = Spelling(
+        signed_activations=True, weights_in_graph=True, quantized_outputs=True, gates="steps"
+    )
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lit_compress.compress.quantization.integers import Spelling
-from lit_compress.deploy.exporting import program_for_any_batch
+from lit_compress.deploy.exporting import program_for_any_batch, share_integers
 from lit_compress.deploy.flat_call import FlatCall
+from lit_compress.deploy.onnx_pools import pool_with_integers
 from lit_compress.deploy.onnx_stem import put_stem_on_blocks
 from lit_compress.deploy.route import Route, Runner, Tensors, needs_extra
 
@@ -30,7 +31,7 @@ class OnnxRoute(Route):
 
     suffix = ".onnx"
     extra = "onnx"
-    spelling = Spelling(integer_bias=True, saturating_weights="uint8")
+    spelling = Spelling(integer_bias=True, saturating_weights="uint8", gates="sums")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
@@ -38,6 +39,8 @@ class OnnxRoute(Route):
             import onnx
             import onnxscript  # noqa: F401
         program = program_for_any_batch(call, inputs)
+        if integers:
+            share_integers(program)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
@@ -50,6 +53,8 @@ class OnnxRoute(Route):
             )
         assert exported is not None
         model = exported.model_proto
+        if integers:
+            pool_with_integers(model.graph)
         _drop_provenance(model.graph)
         if integers:
             put_stem_on_blocks(model.graph)

@@ -45,6 +45,35 @@ def quantized_net():
     return net
 
 
+class GatedNet(nn.Module):
+    """A squeeze-and-excite block between convolutions: SiLU and sigmoid, or the hard ones."""
+
+    def __init__(self, soft=True):
+        super().__init__()
+        self.act = nn.SiLU() if soft else nn.Hardswish()
+        self.gate = nn.Sigmoid() if soft else nn.Hardsigmoid()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.project = nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, image):
+        x = self.act(self.stem(image))
+        squeezed = self.act(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
+        x = self.act(self.project(self.gate(self.excite(squeezed)) * x))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def gated_net(soft=True):
+    torch.manual_seed(0)
+    net = GatedNet(soft).eval()
+    with torch.no_grad():
+        net.stem[1].bias.normal_()
+    prepare(net, QuantizationScheme(), lambda network: network(images()))
+    calibrate(net, lambda network, batch: network(batch), [images(8, 2), images(8, 3)])
+    return net
+
+
 class Nested(nn.Module):
     """Two inputs, one by keyword, and a dictionary of outputs."""
 

@@ -21,11 +21,13 @@ from lit_compress.compress.quantization.calls import (
     tensors_in,
     with_layer_arguments,
 )
+from lit_compress.compress.quantization.gates import PRODUCTS, gate_input, gated, operator_of
 from lit_compress.compress.quantization.integer_bias import integer_bias
 from lit_compress.compress.quantization.placement import Placement, layer_of
 from lit_compress.compress.quantization.quantizers import (
     ActivationQuantizer,
     DynamicQuantizer,
+    GateQuantizer,
     Quantizer,
     WeightQuantizer,
 )
@@ -42,6 +44,7 @@ class Quantization(nn.Module):
         scheme: What was declared.
         placement: Where quantizers are.
         activations: Quantizers of activations, by name with ``/`` for ``.``.
+        gates: Quantizers of gates inside of SiLU and hardswish, likewise.
         weights: Quantizers of weights, likewise.
     """
 
@@ -54,7 +57,15 @@ class Quantization(nn.Module):
         self.activations = nn.ModuleDict()
         self.weights = nn.ModuleDict()
         for name in dict.fromkeys(placement.activations.values()):
-            self.activations[_key(name)] = _activation_quantizer(scheme)
+            is_gate = name in placement.gates and operator_of(name) not in PRODUCTS
+            self.activations[_key(name)] = _activation_quantizer(scheme, is_gate=is_gate)
+        self.gates = nn.ModuleDict(
+            {
+                _key(name): _activation_quantizer(scheme, is_gate=True)
+                for name in placement.gates
+                if operator_of(name) in PRODUCTS
+            }
+        )
         for name in placement.outputs.values():  # observed only, so there is nothing to learn
             if _key(name) not in self.activations:
                 self.activations[_key(name)] = _activation_quantizer(scheme, learned=False)
@@ -66,6 +77,7 @@ class Quantization(nn.Module):
         self._weight_of = {c: _key(n) for c, n in placement.weights.items()}
         self._input_of = {c: _key(n) for c, n in placement.layer_inputs.items()}
         self._norm_of = {c: n.partition(":")[0] for n, c in placement.batch_norms.items()}
+        self._gate_of = {c: _key(c) for c in placement.gates if _key(c) in self.gates}
         self._observers: Mapping[str, RangeObserver] = {}
         self._least_weight_bits = MIN_BITS
         self._counts_checked = False
@@ -142,10 +154,17 @@ class Quantization(nn.Module):
         names = dict.fromkeys([*self.placement.activations.values(), *outputs.values()])
         return [name for name in names if not self.activation(name).ready]
 
-    def activation(self, name: str) -> ActivationQuantizer | DynamicQuantizer:
+    def activation(self, name: str) -> ActivationQuantizer | DynamicQuantizer | GateQuantizer:
         """The quantizer of an activation, by the name that the placement has for it."""
         found = self.activations[_key(name)]
-        assert isinstance(found, ActivationQuantizer | DynamicQuantizer)
+        assert isinstance(found, ActivationQuantizer | DynamicQuantizer | GateQuantizer)
+        return found
+
+    def gate(self, call: str) -> GateQuantizer:
+        """The quantizer of a gate, by the call that computes it."""
+        key = _key(call)
+        found = self.gates[key] if key in self.gates else self.activations[key]
+        assert isinstance(found, GateQuantizer)
         return found
 
     def weight(self, name: str) -> WeightQuantizer:
@@ -273,6 +292,10 @@ class Quantization(nn.Module):
                 step = quantizer.step_for(weight)
                 bias = self._integer_bias(network, name, step, bias, rounded.dtype)
             args, kwargs = with_layer_arguments(args, kwargs, rounded, bias)
+        gate = self._gate_of.get(name)
+        if gate is not None and self.gates[gate].quantizing:
+            x = gate_input(args, kwargs)
+            return self._quantize(name, gated(op, x, self.gates[gate]))
         return self._quantize(name, func(*args, **kwargs))
 
     def _integer_bias(
@@ -298,9 +321,13 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _activation_quantizer(scheme: QuantizationScheme, learned: bool = True) -> Quantizer:
+def _activation_quantizer(
+    scheme: QuantizationScheme, learned: bool = True, is_gate: bool = False
+) -> Quantizer:
     grid = scheme.activation_grid
     assert grid is not None
+    if is_gate:
+        return GateQuantizer(grid)
     if scheme.activation_ranges == "dynamic":
         return DynamicQuantizer(grid)
     return ActivationQuantizer(grid, learned and scheme.activation_ranges == "learned")

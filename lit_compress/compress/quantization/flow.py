@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_compress.compress.quantization.calls import Call, Trace
+from lit_compress.compress.quantization.gates import GATES
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
 __all__ = ["Flow"]
@@ -53,6 +54,8 @@ class Flow:
         self._users = trace.users()
         self._layers = quantized
         self._integer = quantized | self._arithmetic()
+        self._gates = self._gates_of_integers()
+        self._integer |= set(self._gates)
 
     def activations(self, scheme: QuantizationScheme) -> dict[str, str]:
         """By name of a call or input: the quantizer that its result goes through."""
@@ -76,6 +79,10 @@ class Flow:
         ends = [self._fused_end(name) for name in self._trace.calls if name in self._layers]
         return {end: end for end in ends if end not in points}
 
+    def gates(self, points: Mapping[str, str]) -> dict[str, str]:
+        """By name of a call of a sigmoid, or of a product with one: its input, which is rounded."""
+        return {name: x for name, x in self._gates.items() if name in points and x in points}
+
     def batch_norms(self) -> dict[str, str]:
         """By a batch norm's call: the layer's call into which it goes."""
         found = {}
@@ -94,15 +101,27 @@ class Flow:
         calls = self._trace.calls
         reaching: set[str] = set(self._layers)
         for name in reversed(calls):
-            if calls[name].op in _ARITHMETIC | _MOVES | _CLIPS and any(
+            if calls[name].op in _ARITHMETIC | _MOVES | _CLIPS | GATES.keys() and any(
                 user in reaching for user in self._users.get(name, ())
             ):
                 reaching.add(name)
+        self._reaching = reaching
         return {
             name
             for name in reaching - self._layers
             if calls[name].op in _ARITHMETIC and self._takes_tensors(calls[name])
         }
+
+    def _gates_of_integers(self) -> dict[str, str]:
+        """Sigmoids and products with them that take integers and whose values reach a layer."""
+        ends = {self._fused_end(name) for name in self._integer}
+        found: dict[str, str] = {}
+        for name, call in self._trace.calls.items():
+            if call.op in GATES and name in self._reaching and call.inputs[0] is not None:
+                given = self.before_dropout(call.inputs[0])
+                if self._origin(given) in ends | found.keys():
+                    found[name] = given
+        return found
 
     @staticmethod
     def _takes_tensors(call: Call) -> bool:
@@ -156,6 +175,8 @@ class Flow:
     def _fused(self, name: str) -> list[str]:
         """What follows a call and is fused into it, in order."""
         followers: list[str] = []
+        if self._trace.calls[name].op in GATES:
+            return followers
         layer = name in self._layers and not self._is_transposed(name)
         after_clip = False
         following = self._fused_follower(name, layer)

@@ -19,6 +19,14 @@ from lit_compress.compress.quantization.calls import (
     seen_calls,
     with_layer_arguments,
 )
+from lit_compress.compress.quantization.gates import gate_input
+from lit_compress.compress.quantization.integer_gates import (
+    Constants,
+    GateSpelling,
+    keep_one,
+    round_trip,
+    write_gate,
+)
 from lit_compress.compress.quantization.integer_layers import (
     IntegerLayer,
     input_scale,
@@ -31,7 +39,12 @@ from lit_compress.compress.quantization.network import (
     remove_quantization,
 )
 from lit_compress.compress.quantization.placement import layer_of
-from lit_compress.compress.quantization.quantizers import ActivationQuantizer, DynamicQuantizer
+from lit_compress.compress.quantization.quantizers import (
+    ActivationQuantizer,
+    DynamicQuantizer,
+    GateQuantizer,
+    Quantizer,
+)
 
 __all__ = ["IntegerLayer", "IntegerNetwork", "Spelling", "integer_layers", "integer_network"]
 
@@ -50,15 +63,18 @@ class Spelling:
             the graph, instead of int8 with dequantization.
         quantized_outputs: Results of layers on a grid also where no layer takes integers from them.
         saturating_weights: How weights are written with which x86 without VNNI may saturate:
-            ``"int8"`` like the others; ``"uint8"`` with zero point 128, whose products are added in
-            32 bits; ``"float"`` on their grid, for a kernel of floats.
+            ``"exact"`` like the others, as the runtime adds in 32 bits; ``"int8"`` likewise, which
+            is wrong there; ``"uint8"`` with zero point 128, whose products are added in 32 bits;
+            ``"float"`` on their grid, for a kernel of floats.
+        gates: How sigmoids, SiLU and hardswish are written.
     """
 
     signed_activations: bool = False
     integer_bias: bool = False
     weights_in_graph: bool = False
     quantized_outputs: bool = False
-    saturating_weights: Literal["int8", "uint8", "float"] = "int8"
+    saturating_weights: Literal["exact", "int8", "uint8", "float"] = "exact"
+    gates: GateSpelling = "whole"
 
 
 def integer_network(network: nn.Module, spelling: Spelling | None = None) -> IntegerNetwork:
@@ -110,6 +126,9 @@ class IntegerNetwork(nn.Module):
             self._activation_of |= quantization.placement.outputs
         self._grids = _activation_grids(quantization, spelling)
         self._norms = dict(quantization.placement.batch_norms)
+        self._gates = {} if spelling.gates == "whole" else _gate_grids(quantization, spelling)
+        if self._gates:
+            keep_one(self, _dtype(spelling))
         self._layers: dict[str, _Layer] = {}
         for index, (call, layer) in enumerate(layers.items()):
             scale = input_scale(quantization, call)
@@ -145,6 +164,10 @@ class IntegerNetwork(nn.Module):
             _, _, bias = layer_arguments(args, kwargs)
             layer = self._layers[name]
             args, kwargs = with_layer_arguments(args, kwargs, layer.weight(), layer.bias(bias))
+        if name in self._gates:
+            x, grids = gate_input(args, kwargs), self._gates[name]
+            result = write_gate(op, x, *grids, spelling=self.spelling.gates, owner=self)
+            return self._quantize(name, result)
         return self._quantize(name, func(*args, **kwargs))
 
     def _quantize(self, name: str, value: Any) -> Any:
@@ -197,7 +220,7 @@ class _Layer:
         elif bias is not None:
             self._keep(bias=bias)
         self._has_bias = bias is not None
-        form = spelling.saturating_weights if layer.saturates else "int8"
+        form = spelling.saturating_weights if layer.saturates else "exact"
         self._zero, self._dtype = (128, torch.uint8) if form == "uint8" else (0, torch.int8)
         self._floating = form == "float"
         if spelling.weights_in_graph or self._floating:
@@ -247,29 +270,44 @@ def _activation_grids(
     return {name: _rounding(quantization.activation(name), spelling) for name in names}
 
 
+def _dtype(spelling: Spelling) -> torch.dtype:
+    return torch.int8 if spelling.signed_activations else torch.uint8
+
+
+def _constants(quantizer: Quantizer, spelling: Spelling) -> Constants:
+    shift = 128 if spelling.signed_activations else 0
+    grid, zero = quantizer.grid, int(quantizer.zero_point) - shift
+    return float(quantizer.step), zero, grid.low - shift, grid.high - shift, _dtype(spelling)
+
+
+def _gate_grids(
+    quantization: Quantization, spelling: Spelling
+) -> dict[str, tuple[Constants, Constants, Constants]]:
+    """By call: the grids of its input, its gate and its result."""
+    activations = quantization.placement.activations
+    return {
+        name: (
+            _constants(quantization.activation(activations[given]), spelling),
+            _constants(quantization.gate(name), spelling),
+            _constants(quantization.activation(activations[name]), spelling),
+        )
+        for name, given in quantization.placement.gates.items()
+    }
+
+
 def _rounding(
-    quantizer: ActivationQuantizer | DynamicQuantizer, spelling: Spelling
+    quantizer: ActivationQuantizer | DynamicQuantizer | GateQuantizer, spelling: Spelling
 ) -> Callable[[Tensor], Tensor]:
     """Quantization and dequantization of an activation, as operators with constants."""
-    shift = 128 if spelling.signed_activations else 0
-    dtype = torch.int8 if spelling.signed_activations else torch.uint8
-    grid = quantizer.grid
     if isinstance(quantizer, DynamicQuantizer):
-        return _dynamic_rounding(grid, shift, dtype)
-    scale, zero = float(quantizer.step), int(quantizer.zero_point)
-    constants = (scale, zero - shift, grid.low - shift, grid.high - shift, dtype)
-    # Runtimes clip at the ends of eight bits only.
-    ends = ((grid.low - zero) * scale, (grid.high - zero) * scale) if grid.bits < 8 else None
+        shift = 128 if spelling.signed_activations else 0
+        return _dynamic_rounding(quantizer.grid, shift, _dtype(spelling))
+    constants = _constants(quantizer, spelling)
 
-    def round_trip(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        x = x if ends is None else x.clamp(*ends)
-        integers = _OPS.quantize_per_tensor(x, *constants)
-        result: Tensor = _OPS.dequantize_per_tensor(integers, *constants)
-        return result
+    def rounded(x: Tensor) -> Tensor:
+        return round_trip(x, constants) if x.is_floating_point() else x
 
-    return round_trip
+    return rounded
 
 
 def _dynamic_rounding(grid: Grid, shift: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -37,6 +37,8 @@ class Placement:
         floating: Calls of layers, and names of parameters of two or more dimensions, that stay in
             floating point, and why.
         counts: How often an operator with a quantizer is called in a module, by both.
+        gates: By a call of a sigmoid, or of a product with one (SiLU, hardswish): its input, which
+            is rounded. The gate itself is rounded between 0 and 1.
     """
 
     activations: dict[str, str] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Placement:
     batch_norms: dict[str, str] = field(default_factory=dict)
     floating: dict[str, str] = field(default_factory=dict)
     counts: dict[str, str] = field(default_factory=dict)
+    gates: dict[str, str] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, dict[str, str]]:
         """As plain data for a checkpoint."""
@@ -60,6 +63,7 @@ class Placement:
             ValueError: If it is something else.
         """
         names = cls.__dataclass_fields__
+        plain = {"gates": {}, **plain}  # records of before had none
         if set(plain) != set(names) or not all(isinstance(v, Mapping) for v in plain.values()):
             raise ValueError(
                 f"a placement of quantizers has the parts {', '.join(names)}; came "
@@ -116,6 +120,7 @@ def place(network: nn.Module, trace: Trace, scheme: QuantizationScheme) -> Place
         batch_norms=flow.batch_norms(),
         floating=floating | _floating_parameters(network, trace, weights),
         counts=_counts(trace, {*activations, *outputs, *weights}),
+        gates=flow.gates(activations),
     )
 
 

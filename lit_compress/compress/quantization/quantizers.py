@@ -17,7 +17,13 @@ from lit_compress.compress.quantization.affine import (
 )
 from lit_compress.compress.quantization.saturation import safe_scale
 
-__all__ = ["ActivationQuantizer", "DynamicQuantizer", "Quantizer", "WeightQuantizer"]
+__all__ = [
+    "ActivationQuantizer",
+    "DynamicQuantizer",
+    "GateQuantizer",
+    "Quantizer",
+    "WeightQuantizer",
+]
 
 _LEAST_SCALE = 1e-12  # a learned scale stays positive
 
@@ -170,6 +176,29 @@ class DynamicQuantizer(Quantizer):
             ends = torch.aminmax(x.detach())
             scale, zero_point = affine_parameters(ends.min, ends.max, self.grid, checked=False)
         return fake_quantize(x, scale, zero_point, self.grid)
+
+
+class GateQuantizer(Quantizer):
+    """One scale for a gate, whose range is 0 to 1; it has nothing to find or learn.
+
+    Args:
+        grid: The integers, unsigned.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid, (), learned=False)
+        self.scale.fill_(1 / grid.high)
+
+    @property
+    def ready(self) -> bool:
+        """It always is."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The gate as it is, or rounded to the grid; same shape and dtype."""
+        if not (self.quantizing and x.is_floating_point() and x.numel()):
+            return x
+        return fake_quantize(x, self.scale, self.zero_point, self.grid)
 
 
 class WeightQuantizer(Quantizer):
