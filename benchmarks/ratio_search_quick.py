@@ -16,6 +16,7 @@ from lit_compress.tasks import DigitsDataModule, ImageClassifier
 from lit_compress.tasks.assets import ASSETS_VARIABLE
 
 NUM_EPISODES = 24
+QUICK_UNITS = 300.0  # of training steps, see machine.py
 TARGET = 0.5
 
 
