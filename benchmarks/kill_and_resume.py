@@ -56,7 +56,7 @@ KILLED_AT_STARTUP = 0.15  # of the kills
 # Imported once, so that a start takes a fraction of a second.
 PRELOAD = ["lit_compress", "lit_compress.tasks", "sklearn.datasets", "torch._dynamo"]
 QUICK_TRIALS = 3
-QUICK_UNITS = 200.0  # of training steps, see machine.py
+QUICK_UNITS = 300.0  # of training steps, see machine.py
 
 
 # --- The schedules under test ---------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure import layer_complexity
 from lit_compress.search.sensitivity import point_overhead
 from lit_compress.tasks import build_model, load_weights, weights_path
+from lit_compress.tasks.assets import ASSETS_VARIABLE
 
 RATIO = 0.5
 STEP_IMAGES, STEP_PIXELS = 8, 128
@@ -220,12 +222,18 @@ def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def latency(quick: bool = False) -> list[dict[str, Any]]:
     """Latency of slim MobileNet-v1 beside the dense one, in turns in one process."""
     small = build_model("mobilenet_v1", 10, width=0.5)
-    load_weights(small, weights_path("mobilenetv1-0.5-cifar10-jpeg"))
+    _load_if_there(small, "mobilenetv1-0.5-cifar10-jpeg")
     rows = [_latency("MobileNet-v1 × 0.5, 32 × 32", small, size, 32, quick) for size in (1, 32)]
     if not quick:
         large = build_model("mobilenet_v1", 1000, input_size=224)
         rows.append(_latency("MobileNet-v1, 224 × 224", large, 1, 224, quick))
     return rows
+
+
+def _load_if_there(network: nn.Module, name: str) -> None:
+    """Trained weights from the assets; without them the network keeps its own, as fast as those."""
+    if os.environ.get(ASSETS_VARIABLE):
+        load_weights(network, weights_path(name))
 
 
 def _latency(
@@ -265,7 +273,7 @@ def _latency(
 def sensitivity_point(quick: bool = False) -> dict[str, Any]:
     """What a sensitivity point of ResNet-20 costs beside evaluating the same slim model."""
     network = build_model("resnet20", 10)
-    load_weights(network, weights_path("resnet20-cifar10-jpeg"))
+    _load_if_there(network, "resnet20-cifar10-jpeg")
     num_images = 1024 if quick else 5000
     torch.manual_seed(0)
     images = torch.randn(num_images, 3, 32, 32)
