@@ -41,11 +41,12 @@ STEP_IMAGES, STEP_PIXELS = 8, 128
 # --- One cut of ResNet-50 -------------------------------------------------------------------------
 
 
-def cut_time(repeats: int, image_size: int = 224) -> dict[str, Any]:
+def cut_time(repeats: int, num_traces: int, image_size: int = 224) -> dict[str, Any]:
     """Seconds of one cut of ResNet-50 to half of its multiply-adds, momentum included.
 
     Args:
-        repeats: Cuts of fresh copies, of each kind, in turns; at least 1, and for an interval 6.
+        repeats: Our cuts of fresh copies, of each kind, in turns; at least 1, for an interval 6.
+        num_traces: Our traces, and Torch-Pruning's traces and cuts; at least 1.
         image_size: Height and width of the example that is traced.
 
     Returns:
@@ -61,16 +62,17 @@ def cut_time(repeats: int, image_size: int = 224) -> dict[str, Any]:
     slim = dense
     train = _training_step(dense)
     train()
+    for _ in range(num_traces):
+        (groups, layer_macs), seconds = _timed(_trace, dense, example)
+        traces.append(seconds)
     for _ in range(repeats):
         model, optimizer = _in_training(dense)
-        (groups, layer_macs), seconds = _timed(_trace, model, example)
-        traces.append(seconds)
         _, seconds = _timed(_cut, model, optimizer, groups, layer_macs)
         cuts.append(seconds)
         cuts_in_fit.append(_cut_in_fit_s())
         steps.append(_timed(train)[1])
         slim = model
-    peer_traces, peer_cuts, peer_slim = _torch_pruning_times(dense, example, min(repeats, 5))
+    peer_traces, peer_cuts, peer_slim = _torch_pruning_times(dense, example, num_traces)
     dense_macs = count_macs(dense, example)
     return {
         "model": "resnet50",
