@@ -75,7 +75,7 @@ OWN_BAR = 0.998  # cosine of a file and the quantized network that it is of
 ROUNDS, QUICK_ROUNDS = 150, 30
 QUICK_SUBJECTS = ("resnet18",)
 QUICK_PIXELS = 128
-QUICK_UNITS = 50.0  # of exports, see one_export
+QUICK_UNITS = 250.0  # of exports, see one_export
 # Random weights: rounding decides between classes that are nearly tied, so only the cosine counts.
 TOLERANCE = ParityTolerance(cosine=0.9, argmax_agreement=0.0)
 
