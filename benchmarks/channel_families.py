@@ -3,7 +3,7 @@
 Each network has random weights. The channels are found by running it on two small examples, half of
 each group goes (by l2, rounded to 8), and the row says how many groups there were, what is left,
 and which layers were left alone. `tests/benchmarks/test_channel_families.py` makes sure that the
-slim networks compute what they should, and that every committed row is what it measures itself.
+slim networks compute what they should, and that the committed rows are what it measures.
 
     python benchmarks/channel_families.py [NAME ...]
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torchvision
+from machine import machine
 from torch import Tensor, nn
 
 from lit_compress.compress.channels.costs import PlanCost
@@ -177,7 +178,8 @@ def prune(family: Family) -> Pruned:
 
 def read_results() -> dict[str, dict[str, Any]]:
     """The committed rows, by family."""
-    rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text())
+    results: dict[str, Any] = json.loads(RESULTS.read_text())
+    rows: dict[str, dict[str, Any]] = results.get("families", results)  # earlier: rows alone
     return rows
 
 
@@ -221,7 +223,7 @@ machine.
 {table(rows)}
 
 JSON: [`results/channel_families.json`](results/channel_families.json); made by
-`python benchmarks/channel_families.py`, and measured anew by the tests."""
+`python benchmarks/channel_families.py`, and measured again by the tests."""
 
 
 def main() -> None:
@@ -236,7 +238,7 @@ def main() -> None:
         rows[name] = pruned.row() | {"seconds": round(pruned.seconds, 2)}
         print(name, rows[name], flush=True)
     in_order = {name: rows[name] for name in FAMILIES if name in rows}
-    RESULTS.write_text(json.dumps(in_order, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"machine": machine(), "families": in_order}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

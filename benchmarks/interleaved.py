@@ -1,22 +1,20 @@
 """Time several Trainer runs side by side: one step of each in turn, in one process.
 
 The machine's speed drifts by more than what a callback costs. Runs that alternate step by step
-drift together, so that the ratio of their medians can be trusted to a fraction of a percent.
+drift together, so that the ratio of their medians can be trusted to a fraction of a percent. Time
+is processor time of the thread that trains (torch on one thread trains in it, backward included):
+what other processes take on a busy machine is not in it.
 """
 
 from __future__ import annotations
 
-import platform
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch.utils.data import DataLoader
 
 
@@ -52,7 +50,7 @@ class _StepStart(pl.Callback):
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.turnstile.wait_for(self.name)
-        self.began = time.perf_counter()
+        self.began = time.thread_time()
 
 
 class _StepEnd(pl.Callback):
@@ -60,7 +58,7 @@ class _StepEnd(pl.Callback):
         self.start, self.seconds = start, list[float]()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start.began)
+        self.seconds.append(time.thread_time() - self.start.began)
         self.start.turnstile.pass_on()
 
 
@@ -72,7 +70,7 @@ def time_steps(
     num_warmup_steps: int,
     calls: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each training step of each run, the runs taking turns step by step.
+    """Processor seconds of each training step of each run, the runs taking turns step by step.
 
     Args:
         runs: For each name, how to make the module, and the callbacks under test.
@@ -116,9 +114,9 @@ def time_steps(
         taken = []
         for _ in range(num_warmup_steps + num_steps):
             turnstile.wait_for(name)
-            began = time.perf_counter()
+            began = time.thread_time()
             calls[name]()
-            taken.append(time.perf_counter() - began)
+            taken.append(time.thread_time() - began)
             turnstile.pass_on()
         seconds[name] = taken[num_warmup_steps:]
         turnstile.wait_for(name)
@@ -133,19 +131,3 @@ def time_steps(
     if failures:
         raise failures[0]
     return seconds
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median of the ratios of steps that were taken in the same round."""
-    return median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": version("lightning"),
-        "num_threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-    }

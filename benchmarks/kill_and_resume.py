@@ -35,6 +35,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from machine import machine, say_duration
 from torch import Tensor
 
 from lit_compress import (
@@ -55,6 +56,7 @@ KILLED_AT_STARTUP = 0.15  # of the kills
 # Imported once, so that a start takes a fraction of a second.
 PRELOAD = ["lit_compress", "lit_compress.tasks", "sklearn.datasets", "torch._dynamo"]
 QUICK_TRIALS = 3
+QUICK_UNITS = 300.0  # of training steps, see machine.py
 
 
 # --- The schedules under test ---------------------------------------------------------------------
@@ -343,7 +345,12 @@ def run_all(num_trials: int, seed: int, folder: Path | None = None) -> dict[str,
     for number in range(num_trials):
         trials.append(run_trial(Trial(kinds[number % len(kinds)], seed + number), folder))
         print(json.dumps(trials[-1]), flush=True)
-    return {"epochs": EPOCHS, "checkpoint_every": CHECKPOINT_EVERY, "trials": trials}
+    return {
+        "machine": machine(),
+        "epochs": EPOCHS,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        "trials": trials,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -399,6 +406,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="where to write the JSON of a run")
     arguments = parser.parse_args()
     be_quiet()
+    if arguments.quick:
+        say_duration(QUICK_UNITS)
     num_trials = QUICK_TRIALS if arguments.quick else arguments.trials
     results = run_all(num_trials, arguments.seed, arguments.folder)
     output = arguments.output

@@ -1,9 +1,13 @@
-"""What channel pruning costs and gains in time, on one thread: the cut, and latency after it."""
+"""What channel pruning costs and gains in time, on one thread: the cut, and latency after it.
+
+A cut is timed by the processor's clock, which does not count what other processes take.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from bars import Ratio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet50
@@ -26,45 +31,59 @@ from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure import layer_complexity
 from lit_compress.search.sensitivity import point_overhead
 from lit_compress.tasks import build_model, load_weights, weights_path
+from lit_compress.tasks.assets import ASSETS_VARIABLE
 
 RATIO = 0.5
+STEP_IMAGES, STEP_PIXELS = 8, 128
+"""Of the training step of ResNet-50 that a cut is compared with."""
 
 
 # --- One cut of ResNet-50 -------------------------------------------------------------------------
 
 
-def cut_time(repeats: int, image_size: int = 224) -> dict[str, Any]:
+def cut_time(repeats: int, num_traces: int, image_size: int = 224) -> dict[str, Any]:
     """Seconds of one cut of ResNet-50 to half of its multiply-adds, momentum included.
 
     Args:
-        repeats: Cuts of fresh copies, of each kind; at least 1.
+        repeats: Our cuts of fresh copies, of each kind, in turns; at least 1, for an interval 6.
+        num_traces: Our traces, and Torch-Pruning's traces and cuts; at least 1.
         image_size: Height and width of the example that is traced.
 
     Returns:
         Medians: of our trace and cut (scores, plan, choice, cut, optimizer state), of the cut as
-        the callback makes it inside of a fit, and of Torch-Pruning's trace and cut, which leaves
-        the optimizer with parameters that the model no longer has.
+        the callback makes it inside of a fit, of a training step, and of Torch-Pruning's trace and
+        cut, which leaves the optimizer with parameters that the model no longer has. The ratios
+        are of both cuts and the training step of the same round.
     """
     torch.manual_seed(0)
     dense = resnet50()
     example = torch.randn(2, 3, image_size, image_size)
-    traces, cuts = [], []
+    traces, cuts, cuts_in_fit, steps = [], [], [], []
     slim = dense
+    train = _training_step(dense)
+    train()
+    for _ in range(num_traces):
+        (groups, layer_macs), seconds = _timed(_trace, dense, example)
+        traces.append(seconds)
     for _ in range(repeats):
         model, optimizer = _in_training(dense)
-        (groups, layer_macs), seconds = _timed(_trace, model, example)
-        traces.append(seconds)
         _, seconds = _timed(_cut, model, optimizer, groups, layer_macs)
         cuts.append(seconds)
+        cuts_in_fit.append(_cut_in_fit_s())
+        steps.append(_timed(train)[1])
         slim = model
-    peer_traces, peer_cuts, peer_slim = _torch_pruning_times(dense, example, repeats)
+    peer_traces, peer_cuts, peer_slim = _torch_pruning_times(dense, example, num_traces)
     dense_macs = count_macs(dense, example)
     return {
         "model": "resnet50",
         "repeats": repeats,
         "trace_s": median(traces),
         "cut_s": median(cuts),
-        "in_fit_s": median(_cut_in_fit_s() for _ in range(repeats)),
+        "in_fit_s": median(cuts_in_fit),
+        "training_step_s": median(steps),
+        "training_step": f"{STEP_IMAGES} images of {STEP_PIXELS} × {STEP_PIXELS}",
+        "cut_step_ratio": Ratio.of(cuts, steps).as_json(),
+        "in_fit_step_ratio": Ratio.of(cuts_in_fit, steps).as_json(),
         "macs_ratio": count_macs(slim, example) / dense_macs,
         "torch_pruning_trace_s": median(peer_traces),
         "torch_pruning_cut_s": median(peer_cuts),
@@ -107,6 +126,21 @@ def _in_training(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def _training_step(dense: nn.Module) -> Callable[[], None]:
+    """Forward, backward and SGD with momentum, on a copy."""
+    model = copy.deepcopy(dense).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images = torch.randn(STEP_IMAGES, 3, STEP_PIXELS, STEP_PIXELS)
+    labels = torch.arange(STEP_IMAGES)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(nn.functional.cross_entropy(model(images), labels))
+        optimizer.step()
+
+    return step
+
+
 def _torch_pruning_times(
     dense: nn.Module, example: Tensor, repeats: int
 ) -> tuple[list[float], list[float], nn.Module]:
@@ -141,9 +175,9 @@ class _Timed(ChannelPruning):
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Time the longest call."""
-        began = time.perf_counter()
+        began = time.process_time()
         super().on_train_batch_end(*args, **kwargs)
-        self.seconds = max(self.seconds, time.perf_counter() - began)
+        self.seconds = max(self.seconds, time.process_time() - began)
 
 
 class _ResNet50(pl.LightningModule):
@@ -179,9 +213,9 @@ def _cut_in_fit_s() -> float:
 
 def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     gc.collect()
-    began = time.perf_counter()
+    began = time.process_time()
     result = call(*arguments)
-    return result, time.perf_counter() - began
+    return result, time.process_time() - began
 
 
 # --- Latency --------------------------------------------------------------------------------------
@@ -190,12 +224,18 @@ def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 def latency(quick: bool = False) -> list[dict[str, Any]]:
     """Latency of slim MobileNet-v1 beside the dense one, in turns in one process."""
     small = build_model("mobilenet_v1", 10, width=0.5)
-    load_weights(small, weights_path("mobilenetv1-0.5-cifar10-jpeg"))
+    _load_if_there(small, "mobilenetv1-0.5-cifar10-jpeg")
     rows = [_latency("MobileNet-v1 × 0.5, 32 × 32", small, size, 32, quick) for size in (1, 32)]
     if not quick:
         large = build_model("mobilenet_v1", 1000, input_size=224)
         rows.append(_latency("MobileNet-v1, 224 × 224", large, 1, 224, quick))
     return rows
+
+
+def _load_if_there(network: nn.Module, name: str) -> None:
+    """Trained weights from the assets; without them the network keeps its own, as fast as those."""
+    if os.environ.get(ASSETS_VARIABLE):
+        load_weights(network, weights_path(name))
 
 
 def _latency(
@@ -235,8 +275,8 @@ def _latency(
 def sensitivity_point(quick: bool = False) -> dict[str, Any]:
     """What a sensitivity point of ResNet-20 costs beside evaluating the same slim model."""
     network = build_model("resnet20", 10)
-    load_weights(network, weights_path("resnet20-cifar10-jpeg"))
-    num_images = 2048 if quick else 5000
+    _load_if_there(network, "resnet20-cifar10-jpeg")
+    num_images = 1024 if quick else 5000
     torch.manual_seed(0)
     images = torch.randn(num_images, 3, 32, 32)
     labels = torch.arange(num_images) % 10
@@ -251,5 +291,6 @@ def sensitivity_point(quick: bool = False) -> dict[str, Any]:
 
     groups = find_channel_groups(network, lambda m: m(images[:2]))
     scores = channel_importance(network, groups, "l2")
-    overhead = point_overhead(network, groups, scores, evaluate, repeats=3 if quick else 15)
-    return {"model": "resnet20", "num_images": num_images, "time_ratio": overhead}
+    ratios = point_overhead(network, groups, scores, evaluate, repeats=6 if quick else 15)
+    time_ratio = Ratio.of_rounds(ratios).as_json()
+    return {"model": "resnet20", "num_images": num_images, "time_ratio": time_ratio}

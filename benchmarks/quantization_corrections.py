@@ -37,6 +37,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from machine import machine, say_duration
 from quantization_training import LABELS, be_quiet, quiet_trainer, spread, trained_module
 from torch import Tensor, nn
 
@@ -50,6 +51,7 @@ from lit_compress.tasks import CIFAR10JPEGDataModule, DigitsDataModule, ImageCla
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "quantization_corrections.json"
 MODELS = ("resnet20", "mobilenet_v1")
 SEEDS = (1, 2, 3)
+QUICK_UNITS = 100.0  # of training steps, see machine.py
 BITS = ((8, 8), (4, 8), (3, 8), (4, 4))
 CORRECTIONS = (
     "none",
@@ -199,6 +201,7 @@ def run_all(settings: Settings, workers: int, threads: int) -> None:
         done = read_results()
     if done["settings"] != asdict(settings):
         raise SystemExit(f"{RESULTS} was made with other settings; move it away first.")
+    done["machine"] = machine()
     for model in MODELS:
         if model not in done["float"]:
             done["float"][model] = top1(_float_network(model), _batches(settings, SEEDS[0])[1])
@@ -348,7 +351,9 @@ def main() -> int:
         os.environ["LIT_COMPRESS_ASSETS"] = arguments.assets
     be_quiet(arguments.threads)
     settings = Settings(**({"test_images": arguments.test_images} if arguments.test_images else {}))
-    if not arguments.quick:
+    if arguments.quick:
+        say_duration(QUICK_UNITS)
+    else:
         run_all(settings, arguments.workers, arguments.threads)
     results = read_results()
     print(table(results), gains_table(results), ranges_table(results), sep="\n\n")

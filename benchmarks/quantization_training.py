@@ -31,6 +31,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from machine import machine
 
 from lit_compress import QuantizationAwareTraining
 from lit_compress.tasks import CIFAR10JPEGDataModule, ImageClassifier
@@ -182,6 +183,7 @@ def run_all(settings: Settings, workers: int, threads: int, keep: Path | None) -
         done = read_results()
     if done["settings"] != asdict(settings):
         raise SystemExit(f"{RESULTS} was made with other settings; move it away first.")
+    done["machine"] = machine()
     finished = {Point(p["model"], p["method"], p["seed"]) for p in done["points"]}
     todo = [(point, settings, keep) for point in points() if point not in finished]
     context = multiprocessing.get_context("spawn")

@@ -39,6 +39,7 @@ import ratio_search_quick
 import ratio_search_runs
 import ratio_search_training
 import torch
+from machine import machine, say_duration
 from ratio_search_bars import bars, search_of
 from ratio_search_runs import Search
 from ratio_search_runs import Settings as SearchSettings
@@ -82,7 +83,7 @@ def add(point: Point, result: dict[str, Any], settings: Settings, path: Path = R
         others = [old for old in results[KINDS[type(point)]] if not is_of(old, point)]
         others.append(result)
         others.sort(key=lambda one: [str(one[name]) for name in vars(point)])
-        results[KINDS[type(point)]] = others
+        results |= {KINDS[type(point)]: others, "machine": machine()}
         part = path.with_suffix(".part")
         part.write_text(as_json(results))
         os.replace(part, path)
@@ -230,7 +231,10 @@ def main() -> int:
     if arguments.assets:
         os.environ["LIT_COMPRESS_ASSETS"] = arguments.assets
     be_quiet()
-    broken = ratio_search_quick.report() if arguments.quick else []
+    broken = []
+    if arguments.quick:
+        say_duration(ratio_search_quick.QUICK_UNITS)
+        broken = ratio_search_quick.report()
     for part in arguments.part or (() if arguments.quick or arguments.check else PARTS):
         run_part(part, Settings(), arguments.workers)
     num_missed = 0

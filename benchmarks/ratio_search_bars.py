@@ -31,7 +31,6 @@ ORIGINAL = {
 """The authors' code: MobileNet-v1 (0.5) at half of the multiply-adds, seed 1, 300 episodes."""
 
 LEAD_OVER_UNIFORM = 0.04
-CPU_SHARE = 1 / 5
 _ROUNDING = 1e-9
 
 Sense = Literal["at least", "at most"]
@@ -114,10 +113,7 @@ def search_bars(results: dict[str, Any], model: str, target: float, seed: int) -
     """What one search for channels is held to."""
     search = channel_search(results, model, target, "ddpg", seed)
     known = search or {}
-    score, ratio, cpu = (
-        known.get(name, math.nan)
-        for name in ("best_score", "cost_ratio", "cpu_seconds_per_episode")
-    )
+    score, ratio = (known.get(name, math.nan) for name in ("best_score", "cost_ratio"))
     case = f"{model} at {target:g}, seed {seed}"
     rules = {rule: rule_score(results, model, target, rule) for rule in RULES}
     found = [Bar(f"{case}: multiply-adds kept / dense", ratio, "at most", target)]
@@ -125,8 +121,6 @@ def search_bars(results: dict[str, Any], model: str, target: float, seed: int) -
         found.append(
             Bar(f"{case}: best reward, the original's", score, "at least", ORIGINAL["best_score"])
         )
-        limit = CPU_SHARE * ORIGINAL["cpu_seconds_per_episode"]
-        found.append(Bar(f"{case}: CPU seconds per episode", cpu, "at most", limit, 2))
     lead = LEAD_OVER_UNIFORM if model == "mobilenet_v1" else 0.0
     asked = f"uniform + {lead:g}" if lead else "uniform"
     found.append(Bar(f"{case}: best reward, {asked}", score, "at least", rules["uniform"] + lead))

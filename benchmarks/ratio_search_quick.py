@@ -16,7 +16,9 @@ from lit_compress.tasks import DigitsDataModule, ImageClassifier
 from lit_compress.tasks.assets import ASSETS_VARIABLE
 
 NUM_EPISODES = 24
+QUICK_UNITS = 500.0  # of training steps, see machine.py; with the assets
 TARGET = 0.5
+VAL_PER_CLASS = 200
 
 
 def report() -> list[str]:
@@ -61,7 +63,7 @@ def of_mobilenet() -> tuple[ImageClassifier, pl.LightningDataModule, CandidateSe
     """The study's MobileNet-v1 on its images."""
     return (
         runs.trained_module("mobilenet_v1"),
-        runs.search_data(runs.Settings()),
+        runs.search_data(runs.Settings(val_per_class=VAL_PER_CLASS)),
         CandidateSettings(),
     )
 

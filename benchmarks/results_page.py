@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import callback_overhead
 import channel_families
 import channel_pruning
 import kill_and_resume
 import pruning_accuracy
+import pruning_cost
 import quantization_accuracy
 import quantization_corrections
 import ratio_search
@@ -23,6 +25,7 @@ import ratio_search_tables
 import runtime_latency
 import runtime_support
 import sparsity_distillation
+from bars import CONFIDENCE, Ratio
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "results.md"
@@ -76,29 +79,30 @@ JSON: [`results/sparsity_distillation.json`](results/sparsity_distillation.json)
 
 def cost() -> str:
     """What the callbacks add to a training step."""
-    results: dict[str, Any] = json.loads((DOCS / "results" / "callback_overhead.json").read_text())
+    results = callback_overhead.read_results()
     ms, machine = results["median_ms"], results["machine"]
+    ratio = Ratio.from_json(results["sparsity_step_ratio"])
     updates = results["mask_update_step_ratios"]
     rows = [
         ("plain training step", ms["plain"], "1", ""),
         (
             "with Lightning's `ModelPruning`",
             ms["lightning_model_pruning"],
-            f"{results['lightning_model_pruning_step_ratio']:.3f}",
+            str(Ratio.from_json(results["lightning_model_pruning_step_ratio"])),
             "",
         ),
         (
             "with `MagnitudeSparsity`, between mask updates",
             ms["sparsity"],
-            f"{results['sparsity_step_ratio']:.3f}",
+            str(Ratio.from_json(results["sparsity_step_ratio"])),
             "at most 1.010",
         ),
-        ("one mask update, uniform", None, f"{updates['uniform']:.3f}", "below 1"),
-        ("one mask update, global", None, f"{updates['global']:.3f}", "below 1"),
+        ("one mask update, uniform", None, str(Ratio.from_json(updates["uniform"])), "at most 1"),
+        ("one mask update, global", None, str(Ratio.from_json(updates["global"])), "at most 1"),
         (
             "with `Distillation`, against plain + the teacher's forward",
             ms["distillation"],
-            f"{results['distillation_ratio']:.3f}",
+            str(Ratio.from_json(results["distillation_ratio"])),
             "at most 1.030",
         ),
     ]
@@ -107,13 +111,18 @@ def cost() -> str:
     return f"""## What the callbacks cost: a training step of ResNet-18
 
 Batch {results["batch"]}, {machine["num_threads"]} thread, {results["num_steps"]} steps of each run
-taken in turns in one process; ratios are medians over the turns. torch {machine["torch"]},
-lightning {machine["lightning"]}.
+taken in turns in one process; ratios are medians over the turns{_intervals(ratio)}.
+torch {machine["torch"]}, lightning {machine["lightning"]}.
 
 {table}
 
 JSON: [`results/callback_overhead.json`](results/callback_overhead.json); made by
 `python benchmarks/callback_overhead.py`."""
+
+
+def _intervals(ratio: Ratio) -> str:
+    """What is in parentheses behind ratios; files of earlier runs have none."""
+    return f", with intervals of {100 * CONFIDENCE:g} %" if ratio.rounds else ""
 
 
 def channels(results: dict[str, Any]) -> str:
@@ -163,12 +172,17 @@ calibration batches of training images. Reconstruction gains at least
 One cut of ResNet-50 with SGD momentum to {100 * cut["macs_ratio"]:.1f} % of its multiply-adds, one
 thread, median of {cut["repeats"]}; torch {machine["torch"]}.
 
-| | trace s | cut s | bar |
-| --- | --- | --- | --- |
-| ours: scores, plan, cut, optimizer state | {cut["trace_s"]:.2f} | {cut["cut_s"]:.2f} | below 5 |
-| ours, by the callback in a fit | – | {cut["in_fit_s"]:.2f} | below 5 |
+| | trace s | cut s | ÷ training step | bar |
+| --- | --- | --- | --- | --- |
+| ours: scores, plan, cut, optimizer state | {cut["trace_s"]:.2f} | {cut["cut_s"]:.2f} \
+| {_in_steps(cut, "cut_step_ratio")} | at most {channel_pruning.CUT_BAR:g} |
+| ours, by the callback in a fit | – | {cut["in_fit_s"]:.2f} \
+| {_in_steps(cut, "in_fit_step_ratio")} | at most {channel_pruning.CUT_BAR:g} |
 | Torch-Pruning (leaves the optimizer as it was) | {cut["torch_pruning_trace_s"]:.2f} \
-| {cut["torch_pruning_cut_s"]:.2f} | |
+| {cut["torch_pruning_cut_s"]:.2f} | | |
+
+The training step is one of ResNet-50 on {pruning_cost.STEP_IMAGES} images of
+{pruning_cost.STEP_PIXELS} × {pruning_cost.STEP_PIXELS}.
 
 MobileNet-v1, cut to half of its multiply-adds with channels in multiples of 8, and the dense one in
 turns in one process, one thread:
@@ -176,10 +190,16 @@ turns in one process, one thread:
 {channel_pruning.latency_table(results)}
 
 A sensitivity point (copy, cut, evaluate {point["num_images"]:,} images in memory) of ResNet-20
-takes {point["time_ratio"]:.3f} times the evaluation of the same slim model (bar: 1.10).
+takes {Ratio.from_json(point["time_ratio"])} times the evaluation of the same slim model
+(bar: {channel_pruning.POINT_BAR:.2f}).
 
 JSON: [`results/channel_pruning.json`](results/channel_pruning.json); made by
 `python benchmarks/channel_pruning.py`."""
+
+
+def _in_steps(cut: dict[str, Any], name: str) -> str:
+    """A file of an earlier run has no training steps to compare with."""
+    return str(Ratio.from_json(cut[name])) if name in cut else "not measured yet"
 
 
 def corrections(results: dict[str, Any]) -> str:
@@ -217,11 +237,23 @@ JSON: [`results/quantization_corrections.json`](results/quantization_corrections
 
 def latency(results: dict[str, Any]) -> str:
     """Int8 files beside those of the peers."""
+    machine = results["machine"]
+    vnni = "with VNNI" if machine["vnni"] else "without VNNI"
+    lacking = runtime_latency.not_in(results)
+    missing = f"\nNot measured yet: {', '.join(lacking)}.\n" if lacking else ""
+    bars = "\n".join(f"- {bar}" for bar in runtime_latency.time_bars(results))
     return f"""## Int8 files beside the peers
 
 One process, one thread, one image at a time, the files in turns, {results["rounds"]} rounds;
-milliseconds of processor time, medians. All are of the same float networks ({results["weights"]}).
-Bar: at most {runtime_latency.BAR} times the time of each peer, at equal or better cosine.
+milliseconds of processor time, medians. Those that are not trained have {results["weights"]}.
+Measured on {machine["processor"]}, {vnni}.
+
+Bar, for {" and ".join(runtime_latency.SUBJECTS)}: our fastest file after training takes at most
+{runtime_latency.BAR} times as long as the fastest peer that is as close to the float network: its
+cosine is at most {runtime_latency.LOSS_BAR} below that of our file. A peer that is further away is
+called wrong here, and does not count.
+{missing}
+{bars}
 
 {runtime_latency.table(results)}
 

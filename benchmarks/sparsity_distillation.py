@@ -14,7 +14,7 @@ scikit-learn's digits, 90 % sparsity reaches at least 97 % top-1.
     python benchmarks/sparsity_distillation.py --quick --check
 
 The full run adds to ``docs/results/sparsity_distillation.json`` point by point, and goes on where
-it was stopped. ``--quick`` reads that file and trains one short point anew.
+it was stopped. ``--quick`` reads that file and trains one short point again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from machine import machine, say_duration
 
 from lit_compress import Distillation, MagnitudeSparsity, Schedule
 from lit_compress.tasks import CIFAR10JPEGDataModule, DigitsDataModule, ImageClassifier
@@ -41,6 +42,7 @@ from lit_compress.tasks import CIFAR10JPEGDataModule, DigitsDataModule, ImageCla
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "sparsity_distillation.json"
 LEVELS = (0.8, 0.9, 0.95)
 SEEDS = (1, 2, 3)
+QUICK_UNITS = 100.0  # of training steps, see machine.py
 DIGITS_BAR = 0.97
 METHODS = ("sparsity", "sparsity+distillation")
 
@@ -198,6 +200,7 @@ def run_all(settings: Settings, workers: int, threads: int) -> None:
         done = read_results()
     if done["settings"] != asdict(settings):
         raise SystemExit(f"{RESULTS} was made with other settings; move it away first.")
+    done["machine"] = machine()
     finished = {Point(p["method"], p["sparsity"], p["seed"]) for p in done["points"]}
     todo = [point for point in points() if point not in finished]
     context = multiprocessing.get_context("spawn")
@@ -283,7 +286,9 @@ def main() -> int:
     if arguments.assets:
         os.environ["LIT_COMPRESS_ASSETS"] = arguments.assets
     _be_quiet(arguments.threads)
-    if not arguments.quick:
+    if arguments.quick:
+        say_duration(QUICK_UNITS)
+    else:
         run_all(Settings(), arguments.workers, arguments.threads)
     results = read_results()
     print(table(results))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -129,7 +128,7 @@ def point_overhead(
     evaluate: Evaluate,
     pruning_ratio: float = 0.5,
     repeats: int = 5,
-) -> float:
+) -> list[float]:
     """What a point costs beside the evaluation of the same slim model.
 
     Both are timed in turns, on the group in the middle of the model.
@@ -143,8 +142,8 @@ def point_overhead(
         repeats: Pairs timed, at least 1, after one that is not.
 
     Returns:
-        Time of a point ÷ time of the evaluation, the median over the pairs; 1 where copying and
-        cutting cost nothing.
+        Time of a point ÷ time of the evaluation, for each pair; 1 where copying and cutting cost
+        nothing.
 
     Raises:
         ValueError: As :func:`planned_points`, or if ``repeats`` is below 1.
@@ -162,7 +161,7 @@ def point_overhead(
     for _ in range(repeats + 1):
         alone = _seconds(lambda: evaluate(slim))
         ratios.append(_seconds(whole_point) / alone)
-    return statistics.median(ratios[1:])
+    return ratios[1:]
 
 
 def _seconds(call: Callable[[], object]) -> float:

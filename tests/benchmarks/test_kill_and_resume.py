@@ -65,8 +65,3 @@ def test_what_goes_wrong_is_named(changes, message):
     missed = kill_and_resume.check({"trials": [TRIAL | changes]})
     assert len(missed) == 1
     assert message in missed[0]
-
-
-def test_the_table_adds_up_trials_of_a_kind():
-    table = kill_and_resume.table({"trials": [TRIAL, TRIAL | {"seed": 5, "kills": 3}]})
-    assert "| one-shot | 2 | 5 | 0 | 0 | 2 |" in table

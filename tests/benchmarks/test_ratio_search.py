@@ -7,11 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 import ratio_search
 import ratio_search_bars as judged
-import ratio_search_quick as quick
 import ratio_search_runs as runs
-import ratio_search_tables as tables
 import ratio_search_training as training
-import results_page
 import sparsity_distillation
 import torch
 from ratio_search_runs import Search
@@ -85,7 +82,6 @@ def test_all_bars_hold():
         ({"ratio": 0.51, "rules": {**RULES, "deep": 0.907}}, "best deep: 0.9060 (at least 0.9070)"),
         ({"rules": {**RULES, "shallow": 0.907}}, "plain20 at 0.5, seed 3: best reward, best shal"),
         ({"rules": {**RULES, "uniform": 0.87}}, "at 0.35, seed 1: best reward, uniform + 0.04"),
-        ({"cpu": 1.01}, "seed 1: CPU seconds per episode: 1.01 (at most 1.00)"),
         ({"seeds": (1, 2)}, "not measured mobilenet_v1 at 0.5, seed 3: best reward"),
         ({"seeds": (2, 3)}, "not measured plain20 at 0.5, seed 2: best reward, best deep"),
         ({"tuned": (0.83, 0.84)}, "plain20 at 0.5, tuned: mean test top-1 of searched, uniform"),
@@ -111,53 +107,6 @@ def test_a_study_that_has_not_begun_holds_nothing():
     assert len(found) == len(judged.bars(results()))
 
 
-# --- The page -------------------------------------------------------------------------------------
-
-
-def test_the_section_shows_what_was_measured():
-    said = tables.section(results())
-    row = "| MobileNet-v1 (0.5) | 0.5 | **searched**, 3 seeds | 0.9060 ± 0.0000 | 0.499 | 0.40 ±"
-    assert row in said
-    assert "| Plain-20 | 0.5 | best deep | 0.9010 | 0.499 | |" in said
-    assert "| MobileNet-v1 (0.5) | 0.5 | random search, seed 1 | 0.9060 | 0.499 | 0.40 |" in said
-    assert "| Plain-20 | 0.5 | seed 2 | 8, 32 |" in said
-    assert "| Plain-20 | 0.5 | searched | 0.500 | 50.00 ± 0.00 | 85.00 ± 0.00 |" in said
-    assert "| 95 % | uniform | 0.8600 | 85.20 ± 0.10 | 86.20 ± 0.10 |" in said
-    assert "| 95 % | global | – | – | 84.20 ± 0.10 |" in said
-    assert "| 95 % | searched | 0.8000 | – | 87.20 ± 0.10 |" in said
-    assert "**missed**" not in said
-    assert "**missed**" in tables.section(results(cpu=2.0))
-
-
-def test_each_comparison_is_said_won_or_lost():
-    said = tables.verdict_list(results())
-    case = "MobileNet-v1 (0.5) at 0.5 of the multiply-adds"
-    assert (
-        f"- {case}: the search (0.9060 ± 0.0000) is ahead of the best rule of thumb (deep, " in said
-    )
-    assert "no further from random search (0.9060, one seed) than seeds are from each" in said
-    assert f"{case}, after tuning: the searched plan (85.00 ± 0.00) is ahead of uniform" in said
-    assert "behind" not in said
-    lost = tables.verdict_list(results(tuned=(0.83, 0.84), sparse=(0.85, 0.86, 0.85, 0.851)))
-    assert "the searched plan (83.00 ± 0.00) is **behind** uniform (84.00 ± 0.00) by 1.00" in lost
-    assert "what was searched (85.20 ± 0.10) is **behind** uniform (86.20 ± 0.10) by 1.00" in lost
-    assert "(85.20 ± 0.10) is no further from global (85.30 ± 0.10) than seeds are" in lost
-
-
-def test_the_section_of_a_study_that_has_not_begun_has_gaps():
-    said = tables.section(ratio_search.empty(ratio_search.Settings()))
-    assert "| – | **not measured** |" in said
-    assert "| 80 % | uniform | – | – | – |" in said
-
-
-def test_the_page_holds_the_section_once_there_are_results(monkeypatch, tmp_path):
-    file = tmp_path / "ratio_search.json"
-    monkeypatch.setattr(ratio_search, "RESULTS", file)
-    assert "## Ratio search" not in results_page.page()
-    file.write_text(json.dumps(results()))
-    assert "## Ratio search" in results_page.page()
-
-
 # --- The file -------------------------------------------------------------------------------------
 
 
@@ -171,6 +120,7 @@ def test_results_are_saved_as_they_come_and_not_run_again(tmp_path):
     ratio_search.add(second, made_up(second, 0.9), settings, file)
     stored = ratio_search.read_results(file)["searches"]
     assert sorted(one["best_score"] for one in stored) == [0.8, 0.9]
+    assert ratio_search.read_results(file)["machine"].keys() >= {"processor", "vnni"}
     assert '"rewards": [ 0.9, null ]' in file.read_text()
 
 
@@ -326,9 +276,3 @@ def test_searched_densities_are_trained_as_the_other_study_trains(monkeypatch):
     assert (by_threshold.target.final, by_threshold.target.allocation) == (0.9, "global")
     assert by_threshold.schedule == sparsity.schedule
     assert type(distillation).__name__ == "Distillation"
-
-
-def test_the_quick_search_keeps_the_invariants(monkeypatch, capsys):
-    monkeypatch.delenv("LIT_COMPRESS_ASSETS", raising=False)
-    assert quick.report() == []
-    assert "episodes=24" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -180,8 +181,8 @@ def test_overhead_is_one_where_evaluation_takes_long_and_more_where_it_is_nothin
         torch.ones(1200, 1200) @ torch.ones(1200, 1200)
         return params(slim)
 
-    assert point_overhead(model, groups, scores, slow, repeats=3) < 1.5
-    assert point_overhead(model, groups, scores, lambda slim: {"x": 0.0}, repeats=3) > 10
+    assert median(point_overhead(model, groups, scores, slow, repeats=3)) < 1.5
+    assert min(point_overhead(model, groups, scores, lambda slim: {"x": 0.0}, repeats=3)) > 10
     with pytest.raises(ValueError, match="repeats is 0; expected at least 1"):
         point_overhead(model, groups, scores, slow, repeats=0)
 
