@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "runtime_support.json
 # What a runtime's files of float and of quantized networks are called.
 RUNTIMES: dict[str, tuple[Target, Target]] = {
     "onnxruntime": ("onnx", "ort-int8"),
+    "openvino": ("openvino", "openvino"),
     "executorch": ("executorch", "executorch"),
     "litert": ("litert", "litert"),
     "inductor": ("inductor", "inductor"),

@@ -68,3 +68,31 @@ def test_two_at_a_time_do_not_mix(tmp_path):
         thread.join()
     assert file.read_text() in texts
     assert os.listdir(tmp_path) == ["x.txt"]
+
+
+def write_pair(path, content):
+    path.write_text(content)
+    path.with_suffix(".bin").write_text(content)
+
+
+def read_all(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_companions_take_their_places_together(tmp_path):
+    for content in ("first", "second"):
+        with replacing(tmp_path / "net.xml", ".bin") as part:
+            write_pair(part, content)
+        assert read_all(tmp_path) == {"net.xml": content, "net.bin": content}
+
+
+@pytest.mark.parametrize("missing", [".xml", ".bin"])
+@pytest.mark.parametrize("older", [True, False])
+def test_where_one_of_a_pair_is_missing_nothing_changes(missing, older, tmp_path):
+    if older:
+        write_pair(tmp_path / "net.xml", "older")
+    before = read_all(tmp_path)
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "net.xml", ".bin") as part:
+        write_pair(part, "new")
+        part.with_suffix(missing).unlink()
+    assert read_all(tmp_path) == before

@@ -18,13 +18,13 @@ from lit_compress.deploy.benchmark_result import BenchmarkResult, FileLatency, M
 from lit_compress.deploy.file_memory import peak_memory_by_batch
 from lit_compress.deploy.flat_call import flat_inputs
 from lit_compress.deploy.route import Tensors
-from lit_compress.deploy.runtimes import LoadedFile, load_file, recognize
+from lit_compress.deploy.runtimes import LoadedFile, content_of, load_file, recognize
 from lit_compress.measure.inputs import ExampleInputs, with_batch_size
 from lit_compress.measure.size import compressed_length
 
 __all__ = ["benchmark_files"]
 
-_PACKAGES = ("torch", "onnxruntime", "executorch", "ai-edge-litert")
+_PACKAGES = ("torch", "onnxruntime", "openvino", "executorch", "ai-edge-litert")
 
 
 def benchmark_files(
@@ -40,7 +40,8 @@ def benchmark_files(
     """Time exported files side by side.
 
     In each round every file runs once, beginning with another one each time, so that a slow moment
-    of the machine hits all. Files of a fixed batch size (all but ONNX) are timed at that size only.
+    of the machine hits all. Files of a fixed batch size (all but those for
+    ONNX Runtime and OpenVINO) are timed at that size only.
 
     Args:
         files: Exported files; ratios are against the first, such as the one of the float network.
@@ -105,7 +106,7 @@ def _measured(name: str, path: Path, batch_sizes: Sequence[int]) -> MeasuredFile
             f"{path} takes batches of {fixed}, and batch_sizes is {tuple(batch_sizes)}; add "
             f"{fixed}, or export the network again with another batch size."
         )
-    data = path.read_bytes()
+    data = content_of(path)
     return MeasuredFile(name, recognize(path), fixed, len(data), compressed_length(data))
 
 

@@ -109,7 +109,7 @@ def export_fastest(
             f"{type(network).__name__} is a network of floats, of which there is one form; use "
             "export, or quantize it first."
         )
-    suffix = route_to(target).suffix
+    route = route_to(target)
     written: dict[str, ExportedFile] = {}
     errors: dict[str, ExportError | ParityError] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -141,9 +141,13 @@ def export_fastest(
         }
         form = min(medians, key=medians.__getitem__)
         place = Path(path)
-        place = place if place.suffix == suffix else place.with_name(place.name + suffix)
-        with replacing(place) as temporary:
-            temporary.write_bytes(written[form].path.read_bytes())
+        place = (
+            place if place.suffix == route.suffix else place.with_name(place.name + route.suffix)
+        )
+        with replacing(place, *route.companions) as temporary:
+            parts = zip(route.files_of(written[form].path), route.files_of(temporary), strict=True)
+            for source, part in parts:
+                part.write_bytes(source.read_bytes())
     said = {form: str(error).partition("\n")[0] for form, error in errors.items()}
     return FastestFile(replace(written[form], path=place), form, medians, said)
 

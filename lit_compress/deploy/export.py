@@ -18,7 +18,7 @@ from lit_compress.compress.quantization.network import is_quantized, without_qua
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.parity import Parity, ParityTolerance, compare
 from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
-from lit_compress.deploy.runtimes import LoadedFile, load_file, route_to
+from lit_compress.deploy.runtimes import LoadedFile, content_of, load_file, route_to
 from lit_compress.files import replacing
 from lit_compress.measure.inputs import (
     ExampleInputs,
@@ -39,11 +39,11 @@ class ExportedFile:
     """A file that computes what torch computes, within the tolerance.
 
     Attributes:
-        path: The file.
+        path: The file; weights beside it (OpenVINO) have its name and a suffix of their own.
         target: Where it runs.
         integers: Whether it is of a quantized network.
         batch_size: Examples that it takes at a time; ``None`` for any number.
-        size_bytes: Its size.
+        size_bytes: Its size, with what stands beside it.
         compressed_size_bytes: Its size after deflate.
         parity: How close its outputs are to those of the network in torch, the quantized one where
             the file is of integers; measured on ``cpu``.
@@ -110,10 +110,10 @@ def export(
         network: A network of floats, or one that is quantized; unchanged, in any mode. A quantized
             one is written with integers, a float one as it is.
         target: ``"onnx"`` and ``"ort-int8"`` (ONNX Runtime; the second takes quantized networks
-            only), ``"executorch"``, ``"litert"`` or ``"inductor"`` (AOTInductor).
+            only), ``"openvino"``, ``"executorch"``, ``"litert"`` or ``"inductor"`` (AOTInductor).
         path: The file; the runtime's suffix is added where it is missing.
         example_inputs: One batch; a tensor, a tuple of arguments or a dict of keyword arguments.
-            ONNX files take any batch size, the others that of this batch.
+            Files for ONNX Runtime and OpenVINO take any batch size, the others that of this batch.
         check_inputs: Batches of real inputs, like ``example_inputs`` but for the batch size, on
             which file and torch are compared; by default the example inputs. Where the file's
             batch size is fixed, they are cut into batches of that size, the last one filled up.
@@ -193,7 +193,7 @@ def export_as(
         written, saturating = _spelled(on_cpu, spelling, example_inputs)
         if spelling is None and is_quantized(network):
             reference = written  # a form without integers is what the network was in floats
-        with replacing(path) as temporary:
+        with replacing(path, *route.companions) as temporary:
             start = time.perf_counter()
             _write(written, route, target, temporary, flat_inputs(example_inputs), integers)
             seconds = time.perf_counter() - start
@@ -201,7 +201,7 @@ def export_as(
                 size = loaded.batch_size
                 parity = compare(_pairs(reference, loaded, _resized(batches, size)))
             (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
-    data = path.read_bytes()
+    data = content_of(path)
     form = None if spelling is None else spelling.saturating_weights
     return ExportedFile(
         path=path,
@@ -253,6 +253,12 @@ def _with_suffix(path: Path, route: Route) -> Path:
     path = path if path.suffix == route.suffix else path.with_name(path.name + route.suffix)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file.")
+    for companion in route.files_of(path)[1:]:
+        if companion.exists() and not path.exists():
+            raise ValueError(
+                f"{companion} exists and would be overwritten: {path.name} needs a file of that "
+                "name beside it. Give another name, or remove it."
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

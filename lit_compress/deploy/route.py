@@ -24,7 +24,7 @@ __all__ = [
     "needs_extra",
 ]
 
-Target: TypeAlias = Literal["onnx", "ort-int8", "executorch", "litert", "inductor"]
+Target: TypeAlias = Literal["onnx", "ort-int8", "openvino", "executorch", "litert", "inductor"]
 """Where a file is to run: ONNX Runtime, with integers in ONNX Runtime, and so on."""
 Tensors: TypeAlias = tuple[Tensor, ...]
 Shape: TypeAlias = tuple[int | None, ...]
@@ -61,11 +61,14 @@ class Route(ABC):
 
     Attributes:
         suffix: How names of its files end, as in ``".onnx"``.
+        companions: Suffixes of files that belong to one of that name and stand beside it, as
+            ``(".bin",)`` for weights.
         extra: The extra that installs the runtime; ``None`` where torch is all it needs.
         spelling: How a quantized network is written for it.
     """
 
     suffix: str
+    companions: tuple[str, ...] = ()
     extra: str | None
     spelling: Spelling
 
@@ -76,12 +79,16 @@ class Route(ABC):
         Args:
             call: The network in evaluation mode, on the CPU.
             inputs: One batch.
-            path: The file, whose name ends in ``suffix``.
+            path: The file, whose name ends in ``suffix``; companions are written beside it.
             integers: Whether the network is one of integers, in this route's spelling.
 
         Raises:
             MissingExtra: If the runtime's packages are not installed.
         """
+
+    def files_of(self, path: Path) -> tuple[Path, ...]:
+        """The file and its companions."""
+        return (path, *(path.with_suffix(suffix) for suffix in self.companions))
 
     @abstractmethod
     def recognizes(self, head: bytes) -> bool:

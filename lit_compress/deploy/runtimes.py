@@ -12,15 +12,17 @@ from lit_compress.deploy.executorch import ExecutorchRoute
 from lit_compress.deploy.inductor import InductorRoute
 from lit_compress.deploy.litert import LitertRoute
 from lit_compress.deploy.onnx import OnnxRoute
+from lit_compress.deploy.openvino import OpenvinoRoute
 from lit_compress.deploy.route import MissingExtra, Route, Runner, Shape, Target, Tensors
 
-__all__ = ["ROUTES", "LoadedFile", "load_file", "recognize", "route_to"]
+__all__ = ["ROUTES", "LoadedFile", "content_of", "load_file", "recognize", "route_to"]
 
 _ONNX = OnnxRoute()
 
 ROUTES: Mapping[Target, Route] = {
     "onnx": _ONNX,
     "ort-int8": _ONNX,
+    "openvino": OpenvinoRoute(),
     "executorch": ExecutorchRoute(),
     "litert": LitertRoute(),
     "inductor": InductorRoute(),
@@ -65,6 +67,17 @@ def recognize(path: str | os.PathLike[str]) -> Target:
             "Export it again."
         )
     return target
+
+
+def content_of(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of an exported file and of those that belong to it, one file after the other.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: As `recognize`.
+    """
+    parts = ROUTES[recognize(path)].files_of(Path(path))
+    return b"".join(part.read_bytes() for part in parts)
 
 
 class LoadedFile:

@@ -24,14 +24,15 @@ from tests.deploy.nets import Nested, images, quantized_net, small_net
 NEEDS = {
     "onnx": ("onnxruntime", "onnxscript"),
     "ort-int8": ("onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
     "executorch": ("executorch.runtime",),
     "litert": ("litert_torch", "ai_edge_litert"),
     "inductor": (),
 }
 
 
-def runtimes(quick, *slow):
-    return [quick, *(pytest.param(target, marks=pytest.mark.slow) for target in slow)]
+def runtimes(*quick, slow=("executorch", "litert", "inductor")):
+    return [*quick, *(pytest.param(target, marks=pytest.mark.slow) for target in slow)]
 
 
 def need(target):
@@ -39,20 +40,21 @@ def need(target):
         pytest.importorskip(module)
 
 
-@pytest.mark.parametrize("target", runtimes("onnx", "executorch", "litert", "inductor"))
+@pytest.mark.parametrize("target", runtimes("onnx", "openvino"))
 def test_a_float_network(target, tmp_path):
     need(target)
     net, x = small_net().train(), images(2)
     done = export(net, target, tmp_path / "net", x, check_inputs=[images(4), images(5, 7)])
     assert net.training
     assert done.path == tmp_path / f"net{ROUTES[target].suffix}"
-    assert os.listdir(tmp_path) == [done.path.name]
+    assert {*os.listdir(tmp_path)} == {f.name for f in ROUTES[target].files_of(done.path)}
     assert not done.integers
-    assert done.batch_size == (None if target == "onnx" else 2)
+    assert done.batch_size == (None if target in ("onnx", "openvino") else 2)
     assert done.parity.cosine == pytest.approx(1, abs=1e-6)
     assert done.parity.max_abs_error < 1e-4
     assert done.parity.num_examples == 10
-    assert done.size_bytes == done.path.stat().st_size > done.compressed_size_bytes
+    sizes = [file.stat().st_size for file in ROUTES[target].files_of(done.path)]
+    assert done.size_bytes == sum(sizes) > done.compressed_size_bytes
     assert "target" in str(done)
     assert recognize(done.path) == target
     with load_file(done.path) as loaded, torch.no_grad():
@@ -61,7 +63,7 @@ def test_a_float_network(target, tmp_path):
             loaded((x[..., :8, :8],))
 
 
-@pytest.mark.parametrize("target", runtimes("ort-int8", "executorch", "litert", "inductor"))
+@pytest.mark.parametrize("target", runtimes("ort-int8", "openvino"))
 def test_a_quantized_network(target, tmp_path):
     need(target)
     net, x = quantized_net(), images(1)
@@ -175,8 +177,8 @@ def test_bad_calls(tmp_path):
 
 @pytest.mark.parametrize(
     ("target", "package", "extra"),
-    [("onnx", "onnx", "onnx"), ("executorch", "executorch", "executorch"),
-     ("litert", "litert_torch", "litert")],
+    [("onnx", "onnx", "onnx"), ("openvino", "openvino", "openvino"),
+     ("executorch", "executorch", "executorch"), ("litert", "litert_torch", "litert")],
 )  # fmt: skip
 def test_a_missing_extra_says_how_to_install_it(target, package, extra, tmp_path, monkeypatch):
     real = builtins.__import__

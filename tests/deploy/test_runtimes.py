@@ -9,12 +9,13 @@ from lit_compress.deploy import load_file, recognize
 
 GOOD = {
     "net.onnx": b"\x08\x08",
+    "net.xml": b'<?xml version="1.0"?>\n<net name="Model0" version="11">',
     "net.pte": b"\x00\x00\x00\x00ET12",
     "net.tflite": b"\x1c\x00\x00\x00TFL3",
     "net.pt2": b"PK\x03\x04",
 }
-TARGETS = {"net.onnx": "onnx", "net.pte": "executorch", "net.tflite": "litert",
-           "net.pt2": "inductor"}  # fmt: skip
+TARGETS = {"net.onnx": "onnx", "net.xml": "openvino", "net.pte": "executorch",
+           "net.tflite": "litert", "net.pt2": "inductor"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -37,13 +38,14 @@ def test_other_content_is_refused(name, content, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("net.onnx", "onnxruntime"), ("net.pte", "executorch"), ("net.tflite", "ai_edge_litert"),
-     ("net.pt2", "torch")],
+    [("net.onnx", "onnxruntime"), ("net.xml", "openvino"), ("net.pte", "executorch"),
+     ("net.tflite", "ai_edge_litert"), ("net.pt2", "torch")],
 )  # fmt: skip
 def test_a_damaged_file_is_named(name, package, tmp_path):
     pytest.importorskip(package)
     path = tmp_path / name
     path.write_bytes(GOOD[name] + bytes(200))
+    path.with_suffix(".bin").write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{name} cannot be loaded.*damaged.*export it again"):
         load_file(path)
 
@@ -59,7 +61,7 @@ def test_an_archive_of_something_else_is_no_package(tmp_path):
 
 def test_other_suffixes_and_missing_files(tmp_path):
     (tmp_path / "net.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"net\.bin is no file of a runtime.*\.onnx, \.pte"):
+    with pytest.raises(ValueError, match=r"net\.bin is no file of a runtime.*\.onnx, \.xml, \.pte"):
         recognize(tmp_path / "net.bin")
     with pytest.raises(FileNotFoundError):
         load_file(tmp_path / "net.onnx")
