@@ -15,7 +15,7 @@ from lit_compress.measure import count_params
 from tests.compress.cut_checks import random_keep, silence, tensors_of
 
 ATTENTION = ("torchvision vit_b_16", "torchvision swin_t")
-FAST = ("torchvision resnet18", "resnet20", "plain20", "mobilenet_v1", "vgg16_bn", "digits_cnn")
+FAST = ("resnet20", "plain20", "mobilenet_v1", "digits_cnn")
 EACH_FAMILY = [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in FAMILIES]
 
 

@@ -100,7 +100,13 @@ def test_no_two_arms_of_the_study_are_taken_for_each_other():
     assert len(set(keys)) == len(keys) == len(accuracy.SEEDS) * len(arms)
 
 
-@pytest.mark.parametrize("arm", [accuracy.TORCH_PRUNING, accuracy.TORCH_PRUNING_INSIDE])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        pytest.param(accuracy.TORCH_PRUNING, marks=pytest.mark.slow),
+        accuracy.TORCH_PRUNING_INSIDE,
+    ],
+)
 def test_torch_pruning_is_driven_to_the_same_multiply_adds(arm):
     torch.manual_seed(0)
     network = build_model("resnet20", 10)
