@@ -27,10 +27,10 @@ from tests.compress.quantization.nets import (
 )
 
 SPELLINGS = {
-    "plain": Spelling(),
-    "onnx": Spelling(integer_bias=True),
-    "signed": Spelling(signed_activations=True, weights_in_graph=True),
-    "all": Spelling(True, True, True, True),
+    "plain": Spelling(gates="sigmoids"),
+    "onnx": Spelling(integer_bias=True, gates="sums"),
+    "signed": Spelling(signed_activations=True, weights_in_graph=True, gates="sigmoids"),
+    "all": Spelling(True, True, True, True, gates="steps"),
 }
 
 
