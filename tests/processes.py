@@ -38,7 +38,8 @@ def run_script(
         )
         for added, log in zip(environments, logs, strict=True)
     ]
-    for process in processes:
+    for process, log in zip(processes, logs, strict=True):
+        log.touch()
         process.start()
     ends = time.monotonic() + 240
     while any(process.is_alive() for process in processes):
