@@ -2,8 +2,6 @@
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lit_compress import CompressionSummary, Distillation, MagnitudeSparsity
 from tests.callbacks.nets import Net, loader, trainer
+from tests.processes import run_script
 
 wandb = pytest.importorskip("wandb")
 
@@ -102,14 +101,12 @@ def test_the_report_is_a_table_plots_and_an_artifact(run):
 
 
 def test_wandb_is_not_imported_without_its_logger(tmp_path):
-    code = (
+    script = tmp_path / "fit.py"
+    script.write_text(
         "import sys; from tests.callbacks.nets import *; from lit_compress import *;"
         "trainer(max_epochs=1, callbacks=[MagnitudeSparsity(0.5),"
         f"CompressionSummary({str(tmp_path)!r}, latency=False, plots=False)]).fit(Net(), loader());"
         "assert 'wandb' not in sys.modules, 'imported'"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    ((code, output),) = run_script(script, environments=[{}], folder=tmp_path)
+    assert code == 0, output[-2000:]

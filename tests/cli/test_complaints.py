@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +5,7 @@ from lightning.pytorch import LightningModule
 
 from lit_compress.cli import main
 from lit_compress.cli.complaints import as_complaint, explain, nearest
+from tests.processes import run_script
 
 PARTS = ["--model=ImageClassifier", "--data=DigitsDataModule"]
 
@@ -142,11 +141,10 @@ def test_unheard_of_message_is_passed_on_in_one_line():
     assert explain("something\n  quite new") == "something quite new"
 
 
-def test_installed_command_exits_with_2():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; from lit_compress.cli import main; sys.exit(main())",
-         "fit", "--model=ImageClassifier", "--sparsity.final_sparsty=1"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "did you mean 'final_sparsity'?" in done.stderr.splitlines()[0]
+def test_installed_command_exits_with_2(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text("import sys; from lit_compress.cli import main; sys.exit(main())")
+    arguments = ["fit", "--model=ImageClassifier", "--sparsity.final_sparsty=1"]
+    ((code, output),) = run_script(script, *arguments, environments=[{}], folder=tmp_path)
+    assert code == 2
+    assert "did you mean 'final_sparsity'?" in output.splitlines()[0]

@@ -98,6 +98,7 @@ def of(result):
 
 def main(folder: Path) -> None:
     os.chdir(folder)
+    SearchResult.plot = lambda self, path: path
     found, pruning = search(), ChannelPruning(plan="searched", reconstruct=True)
     module, run = in_two(found, pruning)
     weights = [p.tolist() for p in module.parameters()]

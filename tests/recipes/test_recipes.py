@@ -4,13 +4,15 @@ import os
 import re
 import shlex
 from fnmatch import fnmatchcase
+from itertools import cycle
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 
-from lit_compress import CompressionReport, load_compressed
+from lit_compress import CompressionReport, CompressionSummary, load_compressed
 from lit_compress.cli import main
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.compress.quantization.network import is_quantized, quantized_network
@@ -33,6 +35,14 @@ METHODS = {
     "search-channels": "search", "search-sparsity": "search",
 }  # fmt: skip
 COMMAND = re.compile(r"# (lit-compress .+)")
+# Large networks, and methods that another recipe runs already: the quick suite only builds these.
+SLOW_NETWORKS = {"resnet18", "resnet50", "efficientnet-b0", "vgg16", "vgg16-bn"}
+SLOW = {
+    "mobilenet+sparsity-75", "mobilenet+sparsity-95", "resnet20+sparsity-90",
+    "resnet20+sparsity-90+distillation", "mobilenet+search-channels",
+    "mobilenet+search-channels+search-group-tuning", "mobilenet+search-latency",
+    "mobilenet+search-smallest",
+}  # fmt: skip
 
 
 def command_of(recipe: Path) -> list[str]:
@@ -52,14 +62,16 @@ def made_small(command: tuple[str, ...]) -> list[str]:
     last = max(index for index, word in enumerate(command) if word.endswith(".yaml"))
     small = Path(command[last]).parent / "small.yaml"
     if not small.is_file():
-        return [*command, "--trainer.max_epochs=2", "--summary.latency=false"]
+        fast = ["--trainer.max_epochs=2", "--summary.latency=false", "--summary.plots=false"]
+        return [*command, *fast, "--model.model_args.width=4"]
     if str(small) in command:
         return [*command]
     files = ["--config", str(small)]
     if any(word.endswith(".yaml") and "\nsearch:" in Path(word).read_text() for word in command):
         files += ["--config", str(small.with_name("small-search.yaml"))]
-    # After the last file, before what the command sets itself.
-    return [*command[: last + 1], *files, *command[last + 1 :]]
+    # After the last file, before what the command sets itself; as many steps with fewer images.
+    images = ["--data.batch_size=4", "--data.max_train_per_class=2", "--data.val_per_class=5"]
+    return [*command[: last + 1], *files, *images, *command[last + 1 :]]
 
 
 def test_recipes_are_found():
@@ -77,6 +89,43 @@ COMMANDS = sorted({tuple(command_of(recipe)) for recipe in RECIPES})
 
 def layers_of(command):
     return "+".join(Path(word).stem for word in command if word.endswith(".yaml"))
+
+
+def is_slow(command):
+    name = layers_of(command)
+    return name in SLOW or name.partition("+")[0] in SLOW_NETWORKS
+
+
+TO_RUN = [
+    pytest.param(command, id=layers_of(command), marks=[pytest.mark.slow] * is_slow(command))
+    for command in COMMANDS
+]
+
+
+def skip_without_assets(command):
+    if needs_assets(command) and not os.environ.get("LIT_COMPRESS_ASSETS"):
+        pytest.skip("LIT_COMPRESS_ASSETS names no folder of assets")
+
+
+def test_every_method_runs_quickly():
+    """A recipe that no quick run takes is one of a large network, or named above."""
+    quick = {word for command in COMMANDS if not is_slow(command) for word in command}
+    assert set(METHODS) <= {Path(word).stem for word in quick}
+    assert {layers_of(command) for command in COMMANDS} >= SLOW
+
+
+@pytest.mark.parametrize("command", filter(is_slow, COMMANDS), ids=layers_of)
+def test_what_is_too_slow_to_run_is_built(command, monkeypatch):
+    skip_without_assets(command)
+    built = []
+    monkeypatch.setattr(
+        pl.Trainer, "fit", lambda trainer, model, **_: built.append((trainer, model))
+    )
+    assert main(made_small(command)) == 0
+    ((trainer, module),) = built
+    assert isinstance(module, ImageClassifier)
+    assert any(isinstance(callback, CompressionSummary) for callback in trainer.callbacks)
+    assert len(trainer.callbacks) > 2
 
 
 @pytest.fixture
@@ -101,11 +150,10 @@ def latency_by_size(monkeypatch):
     monkeypatch.setattr(LatencyTable, "measure", by_size)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=layers_of)
+@pytest.mark.parametrize("command", TO_RUN)
 def test_recipe_runs(command, latency_by_size):
+    skip_without_assets(command)
     command = made_small(command)
-    if needs_assets(command) and not os.environ.get("LIT_COMPRESS_ASSETS"):
-        pytest.skip("LIT_COMPRESS_ASSETS names no folder of assets")
     assert main(command) == 0
     (file,) = Path.cwd().rglob("config.yaml")
     config = yaml.safe_load(file.read_text())
@@ -203,8 +251,9 @@ def check_channels(config, report, checkpoint, found):
         assert after.num_channels == max(ROUND_TO, ROUND_TO * round(exact / ROUND_TO)), before.name
 
 
-@pytest.mark.parametrize("network", ["resnet20", "mobilenet"])
-@pytest.mark.parametrize("percent", [50, 75, 90, 95])
+@pytest.mark.parametrize(
+    ("network", "percent"), zip(["resnet20", "mobilenet"] * 2, [50, 75, 90, 95], strict=True)
+)
 def test_layers_of_configuration_add_up(network, percent, capsys):
     files = [network, f"sparsity-{percent}", "distillation", "small"]
     paths = [str(ROOT / "recipes" / "cifar10" / f"{name}.yaml") for name in files]
@@ -248,17 +297,32 @@ def test_pruning_is_layered_with_distillation_and_sparsity(capsys):
     assert config["distillation"]["temperature"] == 4.0
 
 
+def parsed(network, method, capsys):
+    folder = ROOT / "recipes" / "cifar10"
+    files = [f"--config={folder / layer}.yaml" for layer in (network, method)]
+    assert main(["fit", *files, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def check_layers(network, method, capsys):
+    config = parsed(network, method, capsys)
+    assert config[METHODS[method]], method
+    assert config["data"]["class_path"].endswith("CIFAR10JPEGDataModule")
+
+
+@pytest.mark.parametrize(("method", "network"), zip(METHODS, cycle(NETWORKS), strict=False))
+def test_every_network_and_every_method_are_layered(network, method, capsys):
+    check_layers(network, method, capsys)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_any_network_is_layered_with_any_method(network, capsys):
-    folder = ROOT / "recipes" / "cifar10"
-    for method, name in METHODS.items():
-        files = [f"--config={folder / layer}.yaml" for layer in (network, method)]
-        assert main(["fit", *files, "--print_config"]) == 0
-        config = yaml.safe_load(capsys.readouterr().out)
-        assert config[name], method
-        assert config["data"]["class_path"].endswith("CIFAR10JPEGDataModule")
+    for method in METHODS:
+        check_layers(network, method, capsys)
 
 
+@pytest.mark.slow
 def test_quickstart_reaches_97_percent_at_90_percent_sparsity():
     assert main([*command_of(ROOT / "recipes" / "quickstart.yaml"), "--summary.plots=false"]) == 0
     report = CompressionReport.load(next(Path.cwd().rglob("compression_report.json")))
