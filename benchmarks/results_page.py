@@ -15,6 +15,7 @@ from typing import Any
 import callback_overhead
 import channel_families
 import channel_pruning
+import integer_forms
 import kill_and_resume
 import pruning_accuracy
 import pruning_cost
@@ -46,6 +47,8 @@ def page() -> str:
         sections.append(corrections(quantization_corrections.read_results()))
     if runtime_latency.RESULTS.exists():
         sections.append(latency(runtime_latency.read_results()))
+    if integer_forms.RESULTS.exists():
+        sections.append(integer_forms.section())
     if runtime_support.RESULTS.exists():
         sections.append(support(runtime_support.read_results()))
     if kill_and_resume.RESULTS.exists():

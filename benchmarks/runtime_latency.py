@@ -60,6 +60,7 @@ SUBJECTS = ("resnet18", "mobilenet_v2")
 SMALL_SUBJECTS = ("mobilenet_v1", "resnet20")  # judged by closeness only
 OURS: dict[Target, str] = {
     "ort-int8": "ours, after training, `ort-int8`",
+    "openvino": "ours, after training, `openvino`",
 }
 """Our routes, which all start from the same quantized network; another one is a line here."""
 QAT = "qat ort-int8"
