@@ -81,3 +81,54 @@ class Nested(nn.Module):
         x = image * scales["gain"][:, None, None, None] + scales["shift"][:, None, None, None]
         x = x.flip(-1) if flip else x
         return {"mean": x.mean((2, 3)), "all": [x, x.sum()]}
+
+
+class SmallUNet(nn.Module):
+    """A shortcut beside a way down and up, and a convolution at the end; in 1-d or 2-d."""
+
+    def __init__(self, dims=2):
+        super().__init__()
+        conv, up = (nn.Conv1d, nn.ConvTranspose1d) if dims == 1 else (nn.Conv2d, nn.ConvTranspose2d)
+        self.first = conv(3, 16, 3, padding=1)
+        self.down = conv(16, 32, 3, stride=2, padding=1)
+        self.up = up(32, 16, 2, stride=2)
+        self.merge = conv(32, 16, 3, padding=1)
+        self.last = conv(16, 4, 1)
+
+    def forward(self, x):
+        first = F.relu(self.first(x))
+        up = F.relu(self.up(F.relu(self.down(first))))
+        return self.last(F.relu(self.merge(torch.cat([first, up], 1))))
+
+
+class TwoEnds(nn.Module):
+    """A result that is given out and goes on; depthwise and transposed convolutions at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.up = nn.ConvTranspose2d(16, 4, 3, stride=2)
+
+    def forward(self, x):
+        first = self.first(x)
+        return first, self.depthwise(first), self.up(first)
+
+
+def quantized(net, x, **scheme):
+    """A network with integers of 7 bits, which do not saturate on any processor."""
+    net = net.eval()
+    prepare(net, QuantizationScheme(**{"weight_bits": 7, **scheme}), lambda network: network(x))
+    calibrate(net, lambda network, batch: network(batch), [x])
+    return net
+
+
+def ends_in_convolutions():
+    """Quantized networks whose last layers are convolutions, and a batch of each."""
+    torch.manual_seed(0)
+    maps, sequences = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16)
+    return {
+        "maps": (quantized(SmallUNet(), maps), maps),
+        "sequences": (quantized(SmallUNet(1), sequences), sequences),
+        "two ends": (quantized(TwoEnds(), maps), maps),
+    }
