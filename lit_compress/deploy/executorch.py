@@ -184,7 +184,14 @@ def put_sequences_in_2d(program: ExportedProgram) -> None:
         padding = padding if isinstance(padding, str) else [*padding, 0]
         if node.target is torch.ops.aten.conv_transpose1d.default:
             more, groups, dilation = rest
-            arguments = (bias, [*stride, 1], padding, [*more, 0], groups, [*dilation, 1])
+            arguments: tuple[Any, ...] = (
+                bias,
+                [*stride, 1],
+                padding,
+                [*more, 0],
+                groups,
+                [*dilation, 1],
+            )
         else:
             dilation, groups = rest
             arguments = (bias, [*stride, 1], padding, [*dilation, 1], groups)
@@ -203,7 +210,7 @@ def put_sequences_in_2d(program: ExportedProgram) -> None:
 
 def _in_2d_already(x: fx.Node) -> fx.Node | None:
     """Where ``x`` is the rounded result of a convolution that was put in 2-d: that one's."""
-    chain = [x]
+    chain: list[Any] = [x]
     for target in (_OPS.dequantize_per_tensor.default, _OPS.quantize_per_tensor.default,
                    torch.ops.aten.squeeze.dim):  # fmt: skip
         if chain[-1].target is not target:
@@ -300,7 +307,7 @@ def _stored_name(program: ExportedProgram, dequantization: fx.Node) -> str:
     """The buffer whose integers are dequantized."""
     place = dequantization.args[0]
     assert isinstance(place, fx.Node)
-    return program.graph_signature.inputs_to_buffers[place.name]
+    return str(program.graph_signature.inputs_to_buffers[place.name])
 
 
 def _stored(program: ExportedProgram, place: Any) -> torch.Tensor:
