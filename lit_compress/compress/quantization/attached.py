@@ -68,7 +68,7 @@ class Quantization(nn.Module):
         )
         for name in placement.outputs.values():  # observed only, so there is nothing to learn
             if _key(name) not in self.activations:
-                self.activations[_key(name)] = _activation_quantizer(scheme, learned=False)
+                self.activations[_key(name)] = _activation_quantizer(scheme, output=True)
         for call, name in placement.weights.items():
             if _key(name) not in self.weights:
                 self.weights[_key(name)] = _weight_quantizer(network, scheme, call, name)
@@ -322,7 +322,7 @@ def _key(name: str) -> str:
 
 
 def _activation_quantizer(
-    scheme: QuantizationScheme, learned: bool = True, is_gate: bool = False
+    scheme: QuantizationScheme, output: bool = False, is_gate: bool = False
 ) -> Quantizer:
     grid = scheme.activation_grid
     assert grid is not None
@@ -330,7 +330,8 @@ def _activation_quantizer(
         return GateQuantizer(grid)
     if scheme.activation_ranges == "dynamic":
         return DynamicQuantizer(grid)
-    return ActivationQuantizer(grid, learned and scheme.activation_ranges == "learned")
+    learned = not output and scheme.activation_ranges == "learned"
+    return ActivationQuantizer(grid, learned, extremes=output)
 
 
 def _weight_quantizer(

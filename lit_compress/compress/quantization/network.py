@@ -309,7 +309,10 @@ def calibrate(
     }
     observers = {}
     if grid is not None:
-        observers = {key: range_observer(ranges, grid, percentile=percentile) for key in observed}
+        observers = {
+            key: range_observer("minmax" if q.extremes else ranges, grid, percentile=percentile)
+            for key, q in observed.items()
+        }
     count = 0
     with (
         quantization.in_floating_point(),

@@ -99,14 +99,19 @@ class ActivationQuantizer(Quantizer):
         grid: The integers, unsigned.
         learned: Whether the scale is a parameter.
         momentum: Weight of the newest batch, in (0, 1].
+        extremes: Whether the range holds all values ever seen instead, for outputs, of which the
+            largest matter most.
     """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, grid: Grid, learned: bool = False, momentum: float = 0.01) -> None:
+    def __init__(
+        self, grid: Grid, learned: bool = False, momentum: float = 0.01, extremes: bool = False
+    ) -> None:
         super().__init__(grid, (), learned)
         self.momentum = momentum
+        self.extremes = extremes
         self.register_buffer("low", torch.tensor(math.nan, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(math.nan, dtype=torch.float32))
 
@@ -146,8 +151,9 @@ class ActivationQuantizer(Quantizer):
     def _follow(self, x: Tensor) -> None:
         low, high = (end.float() for end in torch.aminmax(x))
         first, usable = torch.isnan(self.low), torch.isfinite(low) & torch.isfinite(high)
-        for end, new in ((self.low, low), (self.high, high)):
-            moved = torch.where(first, new, end.lerp(new, self.momentum))
+        for end, new, outer in ((self.low, low, torch.minimum), (self.high, high, torch.maximum)):
+            moved = outer(end, new) if self.extremes else end.lerp(new, self.momentum)
+            moved = torch.where(first, new, moved)
             end.copy_(torch.where(usable, moved, end))
         known = self.low.nan_to_num(), self.high.nan_to_num()
         self.set_scale(*affine_parameters(*known, self.grid, checked=False))

@@ -256,3 +256,11 @@ def test_they_say_what_they_are():
     assert repr(activation(4)) == "ActivationQuantizer(bits=4, signed=False, observed)"
     assert "learned" in repr(activation(learned=True))
     assert repr(WeightQuantizer(SIGNED, 6)) == "WeightQuantizer(bits=8, ranges=minmax, axis=0)"
+
+
+def test_the_range_of_an_output_holds_all_values_ever_seen():
+    quantizer = ActivationQuantizer(Grid(8, signed=False), extremes=True)
+    quantizer.observing = True
+    for low, high in ((-1.0, 2.0), (-3.0, 1.0), (-0.5, 0.5)):
+        quantizer.train()(torch.tensor([low, 0.0, high]))
+    assert (float(quantizer.low), float(quantizer.high)) == (-3, 2)
