@@ -114,7 +114,7 @@ def test_every_method_runs_quickly():
     assert {layers_of(command) for command in COMMANDS} >= SLOW
 
 
-@pytest.mark.parametrize("command", filter(is_slow, COMMANDS), ids=layers_of)
+@pytest.mark.parametrize("command", [*filter(is_slow, COMMANDS)], ids=layers_of)
 def test_what_is_too_slow_to_run_is_built(command, monkeypatch):
     skip_without_assets(command)
     built = []
@@ -252,7 +252,8 @@ def check_channels(config, report, checkpoint, found):
 
 
 @pytest.mark.parametrize(
-    ("network", "percent"), zip(["resnet20", "mobilenet"] * 2, [50, 75, 90, 95], strict=True)
+    ("network", "percent"),
+    [("resnet20", 50), ("mobilenet", 75), ("resnet20", 90), ("mobilenet", 95)],
 )
 def test_layers_of_configuration_add_up(network, percent, capsys):
     files = [network, f"sparsity-{percent}", "distillation", "small"]
@@ -310,7 +311,7 @@ def check_layers(network, method, capsys):
     assert config["data"]["class_path"].endswith("CIFAR10JPEGDataModule")
 
 
-@pytest.mark.parametrize(("method", "network"), zip(METHODS, cycle(NETWORKS), strict=False))
+@pytest.mark.parametrize(("method", "network"), [*zip(METHODS, cycle(NETWORKS), strict=False)])
 def test_every_network_and_every_method_are_layered(network, method, capsys):
     check_layers(network, method, capsys)
 

@@ -346,7 +346,7 @@ def test_a_share_out_of_range_is_refused(share):
 
 
 def search_by_agent_and_by_chance(seed):
-    """Ten layers, five of which matter: rewards of the rules, of 90 episodes, of as many draws."""
+    """Ten layers of which five matter: rewards of the rules, of 90 episodes, of as many draws."""
     worth = (1.0, 1.0, 0.05, 0.3, 1.0, 1.0, 0.3, 1.0, 0.3, 0.1)
     problem = chain_problem((32, 64, 64, 128, 64, 128, 128, 64, 128, 64), 0.4)
 
