@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_unflatten,
+)
 
 from lit_compress.measure.inputs import ExampleInputs, as_call
 
@@ -25,7 +33,8 @@ class FlatCall(nn.Module):
 
     Attributes:
         network: The network.
-        input_names: One name a tensor, from the arguments of its ``forward``.
+        input_names: One name a tensor, from the arguments of its ``forward`` and the keys of
+            dictionaries in them; see `_input_names`.
     """
 
     def __init__(self, network: nn.Module, example_inputs: ExampleInputs) -> None:
@@ -68,16 +77,63 @@ def flat_inputs(example_inputs: ExampleInputs) -> tuple[Tensor, ...]:
 
 
 def _input_names(network: nn.Module, example_inputs: ExampleInputs) -> tuple[str, ...]:
-    """``image`` for an argument of that name, ``image_0`` and so on for a nest of tensors."""
+    """One name a tensor, in the order of `FlatCall`.
+
+    ``image`` for an argument of that name or key, ``boxes_left`` for a key of a nested dictionary,
+    ``boxes_0`` for a place in a nested list, left out where it is the only one. Of a dictionary
+    that is the only argument the keys are the names. Letters, digits and underscores, each once.
+    """
     args, kwargs = as_call(example_inputs)
-    arguments: dict[str, Any]
-    try:
-        arguments = dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):  # no such signature: the call itself will tell
-        arguments = {**{f"input_{i}": a for i, a in enumerate(args)}, **kwargs}
-    names = []
-    for name, value in arguments.items():
-        tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
-        single = len(tensors) == 1
-        names += [name if single else f"{name}_{i}" for i in range(len(tensors))]
+    positional = _names_of_positions(network, len(args))
+    alone = len(args) == 1 and not kwargs and isinstance(args[0], Mapping)
+    names: list[str] = []
+    for path, leaf in tree_flatten_with_path((args, kwargs))[0]:
+        if not isinstance(leaf, Tensor):
+            continue
+        kind, first, *inner = path
+        top = args[first.idx] if kind.idx == 0 else kwargs[first.key]
+        name = positional[first.idx] if kind.idx == 0 else str(first.key)
+        parts = [_of_key(key) for key in inner]
+        if alone:
+            name = parts.pop(0)
+        if sum(isinstance(part, Tensor) for part in tree_leaves(top)) == 1:
+            parts = [part for part in parts if not part.isdigit()]
+        names.append(_unique("_".join([name, *parts]), names))
     return tuple(names)
+
+
+def _names_of_positions(network: nn.Module, count: int) -> list[str]:
+    """Names of positional arguments; of ``*tensors`` the first is ``tensors_0``."""
+    try:
+        parameters = list(inspect.signature(network.forward).parameters.values())
+    except (TypeError, ValueError):  # some forwards have no signature
+        parameters = []
+    places = [p for p in parameters if p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
+    names = []
+    for index in range(count):
+        place = places[min(index, len(places) - 1)] if places else None
+        if place is None:
+            names.append(f"input_{index}")
+        elif place.kind is place.VAR_POSITIONAL:
+            names.append(f"{place.name}_{index - len(places) + 1}")
+        else:
+            names.append(place.name)
+    return names
+
+
+def _of_key(key: Any) -> str:
+    for kind in ("key", "idx", "name"):
+        if hasattr(key, kind):
+            return str(getattr(key, kind))
+    return str(key)
+
+
+def _unique(name: str, taken: Sequence[str]) -> str:
+    """A name that every runtime takes and that no other input has."""
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    name = name if name[:1].isalpha() or name[:1] == "_" else f"input_{name}"
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}_{count}"
+    return found
