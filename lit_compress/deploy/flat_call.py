@@ -87,7 +87,8 @@ def _input_names(network: nn.Module, example_inputs: ExampleInputs) -> tuple[str
     positional = _names_of_positions(network, len(args))
     alone = len(args) == 1 and not kwargs and isinstance(args[0], Mapping)
     names: list[str] = []
-    for path, leaf in tree_flatten_with_path((args, kwargs))[0]:
+    found: list[tuple[Any, Any]] = tree_flatten_with_path((args, kwargs))[0]
+    for path, leaf in found:
         if not isinstance(leaf, Tensor):
             continue
         kind, first, *inner = path
