@@ -29,6 +29,7 @@ class OnnxRoute(Route):
     """
 
     suffix = ".onnx"
+    any_batch = True
     extra = "onnx"
     spelling = Spelling(integer_bias=True)
 

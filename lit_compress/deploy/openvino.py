@@ -40,6 +40,7 @@ class OpenvinoRoute(Route):
 
     suffix = ".xml"
     companions = (".bin",)
+    any_batch = True
     extra = "openvino"
     spelling = Spelling(weights_in_graph=True)
 

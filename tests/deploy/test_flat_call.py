@@ -93,7 +93,10 @@ def test_keys_of_dictionaries_are_names(inputs):
         ({"first": [1], "second": [2, 3]}, ("first", "second_0", "second_1")),
         ({"first": 1, "past": {"key.0": 2, "key/0": 3}}, ("first", "past_key_0", "past_key_0_2")),
         ({"first": 1, "größe": 2, "2nd": 3}, ("first", "gr__e", "input_2nd")),
-        ({"first": {"x_y": 1}, "first_x": {"y": 2, "z": 3}}, ("first_x_y", "first_x_y_2", "first_x_z")),
+        (
+            {"first": {"x_y": 1}, "first_x": {"y": 2, "z": 3}},
+            ("first_x_y", "first_x_y_2", "first_x_z"),
+        ),
     ],
 )
 def test_names_are_readable_and_unique(inputs, names):
