@@ -92,7 +92,12 @@ def test_where_one_of_a_pair_is_missing_nothing_changes(missing, older, tmp_path
     if older:
         write_pair(tmp_path / "net.xml", "older")
     before = read_all(tmp_path)
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "net.xml", ".bin") as part:  # noqa: PT012
-        write_pair(part, "new")
-        part.with_suffix(missing).unlink()
+
+    def write_one():
+        with replacing(tmp_path / "net.xml", ".bin") as part:
+            write_pair(part, "new")
+            part.with_suffix(missing).unlink()
+
+    with pytest.raises(FileNotFoundError):
+        write_one()
     assert read_all(tmp_path) == before

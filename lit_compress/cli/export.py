@@ -108,7 +108,7 @@ def _parser() -> CommandParser:
         "the config.yaml beside the checkpoint.")  # fmt: skip
     add("--input_shape", "--input-shape", type=str | None, help="Of one example, as in 3,32,32.")
     add("--batch_size", "--batch-size", type=int, default=1,
-        help="Examples at a time, for runtimes that fix it (not ONNX, OpenVINO).")  # fmt: skip
+        help="Examples at a time, where the runtime fixes it (not ONNX, OpenVINO).")  # fmt: skip
     add("--check_batches", "--check-batches", type=int, default=4,
         help="Validation batches on which file and torch are compared.")  # fmt: skip
     add("--cosine", type=float, default=0.999, help="Least cosine of both outputs.")

@@ -184,17 +184,10 @@ def put_sequences_in_2d(program: ExportedProgram) -> None:
         padding = padding if isinstance(padding, str) else [*padding, 0]
         if node.target is torch.ops.aten.conv_transpose1d.default:
             more, groups, dilation = rest
-            arguments: tuple[Any, ...] = (
-                bias,
-                [*stride, 1],
-                padding,
-                [*more, 0],
-                groups,
-                [*dilation, 1],
-            )
+            arguments = [bias, [*stride, 1], padding, [*more, 0], groups, [*dilation, 1]]
         else:
             dilation, groups = rest
-            arguments = (bias, [*stride, 1], padding, [*dilation, 1], groups)
+            arguments = [bias, [*stride, 1], padding, [*dilation, 1], groups]
         with graph.inserting_before(node):
             wide = _in_2d_already(x)
             if wide is None:
@@ -216,7 +209,7 @@ def _in_2d_already(x: fx.Node) -> fx.Node | None:
         if chain[-1].target is not target:
             return None
         chain.append(chain[-1].args[0])
-    wide = chain[-1]
+    wide: fx.Node = chain[-1]
     same = wide.target is x.target and wide.args[1:] == x.args[1:]
     return wide if same else None
 
@@ -307,7 +300,8 @@ def _stored_name(program: ExportedProgram, dequantization: fx.Node) -> str:
     """The buffer whose integers are dequantized."""
     place = dequantization.args[0]
     assert isinstance(place, fx.Node)
-    return str(program.graph_signature.inputs_to_buffers[place.name])
+    name: str = program.graph_signature.inputs_to_buffers[place.name]
+    return name
 
 
 def _stored(program: ExportedProgram, place: Any) -> torch.Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,16 @@ import torch
 from torch import nn
 
 from lit_compress.compress.quantization.integers import Spelling, integer_network
-from lit_compress.compress.quantization.network import is_quantized, without_quantizers
+from lit_compress.compress.quantization.network import (
+    is_quantized,
+    quantized_network,
+    without_quantizers,
+)
+from lit_compress.compress.quantization.placement import layer_of
+from lit_compress.deploy.exporting import exported_program, where_batch_is_fixed
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.parity import Parity, ParityTolerance, compare
+from lit_compress.deploy.places import layers_named_in, listed, place_of_error, words_of_error
 from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
 from lit_compress.deploy.runtimes import LoadedFile, content_of, load_file, route_to
 from lit_compress.files import replacing
@@ -127,11 +135,15 @@ def export(
         What was written.
 
     Raises:
-        ExportError: If the runtime cannot take the network.
+        ExportError: If the runtime cannot take the network; it names the layers, where the
+            exporter does.
         MissingExtra: If the runtime is not installed.
         ParityError: If the outputs differ too much.
         ValueError: If a value is out of range, the network is of floats and the target takes
             integers only, or it does not run on the inputs.
+
+    Warns:
+        UserWarning: If the file could take any batch size, but the network itself fixes it.
     """
     route_to(target)
     integers = is_quantized(network)
@@ -193,12 +205,19 @@ def export_as(
         written, saturating = _spelled(on_cpu, spelling, example_inputs)
         if spelling is None and is_quantized(network):
             reference = written  # a form without integers is what the network was in floats
+        inputs = flat_inputs(example_inputs)
+        written.fixed_batch = route.any_batch and not _takes_another_batch(
+            reference, example_inputs
+        )
+        layers = _quantized_layers(on_cpu) if integers else []
         with replacing(path, *route.companions) as temporary:
             start = time.perf_counter()
-            _write(written, route, target, temporary, flat_inputs(example_inputs), integers)
+            _write(written, route, target, temporary, inputs, layers)
             seconds = time.perf_counter() - start
-            with load_file(temporary, num_threads) as loaded:
+            with _loaded_anew(temporary, target, num_threads, reference) as loaded:
                 size = loaded.batch_size
+                if route.any_batch and size is not None:
+                    warnings.warn(_about_the_batch(path, size, reference, inputs), stacklevel=2)
                 parity = compare(_pairs(reference, loaded, _resized(batches, size)))
             (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
     data = content_of(path)
@@ -278,28 +297,155 @@ def _checked_call(network: nn.Module, example_inputs: ExampleInputs) -> FlatCall
     try:
         call(*flat_inputs(example_inputs))
     except Exception as error:
+        said = _what_was_raised(error, network)
         raise ValueError(
-            f"{type(network).__name__} raised {type(error).__name__} on example_inputs of "
-            f"{describe(example_inputs)}: {error}. Pass one batch as it takes it."
+            f"{type(network).__name__} raised {said} on example_inputs of "
+            f"{describe(example_inputs)}. {_remedy_for_a_batch(call, example_inputs)}"
         ) from error
     return call
 
 
+def _what_was_raised(error: Exception, network: nn.Module) -> str:
+    place = place_of_error(error, network)
+    said = f"{type(error).__name__} ({str(error).rstrip('.')})"
+    return said if place is None else f"{said} in {place}"
+
+
+def _remedy_for_a_batch(call: FlatCall, example_inputs: ExampleInputs) -> str:
+    """What to pass instead of inputs on which a network fails: at best a batch of another size."""
+    flat = flat_inputs(example_inputs)
+    if flat[0].dim() > 0 and len(flat[0]) > 0:
+        for size in _SIZES_TO_TRY:
+            with contextlib.suppress(Exception):
+                call(*flat_inputs(with_batch_size(example_inputs, size)))
+                return (
+                    f"It runs on a batch of {size}: the network itself fixes its batch size. Pass "
+                    f"a batch of {size} (--batch-size {size}), or take the batch size from the "
+                    "input's shape there, as in x.shape[0]."
+                )
+    return "Pass one batch as it takes it."
+
+
+# A network that runs on none of these is taken to have another fault than its batch size.
+_SIZES_TO_TRY = (1, 2, 4, 8, 16, 32)
+
+
+def _takes_another_batch(call: FlatCall, batch: ExampleInputs) -> bool:
+    """Whether the network itself runs on a batch of another size."""
+    if flat_inputs(batch)[0].dim() == 0:
+        return False
+    try:
+        call(*flat_inputs(_of_another_size(batch)))
+    except Exception:  # whatever it is: on a batch of this size it ran
+        return False
+    return True
+
+
+def _of_another_size(batch: ExampleInputs) -> ExampleInputs:
+    return with_batch_size(batch, 1 if infer_batch_size(batch) > 1 else 2)
+
+
+def _about_the_batch(path: Path, size: int, call: FlatCall, inputs: Tensors) -> str:
+    """Why a file takes batches of one size only."""
+    network = _network_of(call)
+    try:
+        call(*flat_inputs(_of_another_size(inputs)))
+        place = where_batch_is_fixed(call, inputs, network)
+    except Exception as error:  # the network's own
+        place = place_of_error(error, network)
+    where = f"in {place}" if place is not None else "torch.export does not say where"
+    return (
+        f"{path} takes batches of {size} only: {type(network).__name__} itself fixes its batch "
+        f"size, {where}. For any batch size take it from the input's shape there, as in "
+        "x.shape[0]; or export with the size that you need (example_inputs, --batch-size)."
+    )
+
+
+def _quantized_layers(network: nn.Module) -> list[str]:
+    """Layers of integers in the order of their calls; none of a network of floats."""
+    if not is_quantized(network):
+        return []
+    weights = quantized_network(network).placement.weights.values()
+    return list(dict.fromkeys(map(layer_of, weights)))
+
+
 def _write(
-    call: FlatCall, route: Route, target: Target, path: Path, inputs: Tensors, integers: bool
+    call: FlatCall,
+    route: Route,
+    target: Target,
+    path: Path,
+    inputs: Tensors,
+    quantized: Sequence[str],
 ) -> None:
     try:
-        route.export(call.eval(), inputs, path, integers=integers)
+        route.export(call.eval(), inputs, path, integers=bool(quantized))
     except MissingExtra:
         raise
     except Exception as error:  # each exporter has errors of its own
-        name = type(_network_of(call)).__name__
-        said = str(error).strip().partition("\n")[0]
+        network = _network_of(call)
+        where, layers = _where(error, call, inputs)
         raise ExportError(
-            f"{name} cannot be written for {target}; its exporter says {type(error).__name__}: "
-            f"{said[:500]}. Replace the operation that it names, keep it out of the exported "
-            "network, or choose another target."
+            f"{type(network).__name__} cannot be written for {target}; its exporter says "
+            f"{words_of_error(error)}. {where} {_remedy(layers, quantized, str(error))}"
         ) from error
+
+
+def _where(error: Exception, call: FlatCall, inputs: Tensors) -> tuple[str, list[str]]:
+    """The layers of which an exporter's error speaks: in words, and their paths."""
+    place = place_of_error(error, _network_of(call))
+    if place is not None:
+        return f"That is in {place}.", [place.layer]
+    try:
+        program = exported_program(call, inputs)
+        found = layers_named_in(error, program)
+        if not found:  # exporters take larger operators apart before they look
+            found = layers_named_in(error, program.run_decompositions())
+    except Exception:  # torch.export has its own say then, which the error gives
+        found = []
+    layers = list(dict.fromkeys(layer for _, layer in found if layer))
+    if not layers:
+        return "It names no layer.", []
+    operators = ", ".join(dict.fromkeys(operator for operator, _ in found))
+    return f"That is {operators} in {listed(layers)}.", layers
+
+
+def _remedy(layers: Sequence[str], quantized: Sequence[str], said: str) -> str:
+    if "choose_qparams" in said:  # what activation_ranges="dynamic" is written with
+        return 'Quantize with activation_ranges="observed" or "learned", or choose another target.'
+    integers = [layer for layer in layers if layer in quantized]
+    if not integers:
+        return (
+            "Replace that operation, keep it out of the exported network, or choose another target."
+        )
+    if integers == [quantized[-1]]:
+        how = f"quantize_last_layer=False, or ignored_layers=[{integers[0]!r}]"
+    else:
+        how = f"ignored_layers=[{listed(integers)}]"
+    return (
+        f"Leave it in floating point ({how}, when the network is quantized), replace that "
+        "operation, or choose another target."
+    )
+
+
+@contextlib.contextmanager
+def _loaded_anew(
+    path: Path, target: Target, num_threads: int, call: FlatCall
+) -> Iterator[LoadedFile]:
+    """A file just written, in its runtime.
+
+    Raises:
+        ExportError: If the runtime does not load it: it was not damaged since.
+    """
+    try:
+        loaded = load_file(path, num_threads)
+    except ValueError as error:
+        raise ExportError(
+            f"{type(_network_of(call)).__name__} was written for {target}, but the runtime does "
+            f"not load the file: {words_of_error(error.__cause__ or error)}. It names no layer. "
+            "Choose another target."
+        ) from error
+    with loaded:
+        yield loaded
 
 
 def _network_of(call: FlatCall) -> nn.Module:
@@ -313,14 +459,40 @@ def _pairs(
 ) -> Iterator[tuple[Tensors, Tensors]]:
     for batch in batches:
         # Runtimes and modules may write to their inputs.
-        yield reference(*(t.clone() for t in batch)), loaded(batch)
+        yield _of_torch(reference, batch), _of_file(loaded, reference, batch)
+
+
+def _of_torch(reference: FlatCall, batch: Tensors) -> Tensors:
+    try:
+        outputs: Tensors = reference(*(t.clone() for t in batch))
+    except Exception as error:  # the network's own
+        network = _network_of(reference)
+        raise ValueError(
+            f"{type(network).__name__} raised {_what_was_raised(error, network)} on check_inputs "
+            f"of {describe(batch)}; on example_inputs it ran. Where the network itself fixes or "
+            "limits its batch size, give batches that it takes, or take the batch size from the "
+            "input's shape there, as in x.shape[0]."
+        ) from error
+    return outputs
+
+
+def _of_file(loaded: LoadedFile, reference: FlatCall, batch: Tensors) -> Tensors:
+    try:
+        return loaded(batch)
+    except ValueError:  # inputs of other shapes: check_inputs are not like example_inputs
+        raise
+    except Exception as error:  # each runtime has errors of its own
+        raise ExportError(
+            f"{type(_network_of(reference)).__name__} was written for {loaded.target}, but the "
+            f"runtime fails on {describe(batch)}: {words_of_error(error)}. It names no layer. "
+            "Choose another target."
+        ) from error
 
 
 def _resized(batches: Sequence[ExampleInputs], batch_size: int | None) -> Iterator[Tensors]:
     """Batches of the size that a file takes; without one, as they are and one of another size."""
     if batch_size is None:
-        first = infer_batch_size(batches[0])
-        yield flat_inputs(with_batch_size(batches[0], 1 if first > 1 else 2))
+        yield flat_inputs(_of_another_size(batches[0]))
         for batch in batches:
             yield flat_inputs(batch)
         return

@@ -33,6 +33,7 @@ class FlatCall(nn.Module):
 
     Attributes:
         network: The network.
+        fixed_batch: Whether the network takes batches of this size only.
         input_names: One name a tensor, from the arguments of its ``forward`` and the keys of
             dictionaries in them; see `_input_names`.
     """
@@ -40,6 +41,7 @@ class FlatCall(nn.Module):
     def __init__(self, network: nn.Module, example_inputs: ExampleInputs) -> None:
         super().__init__()
         self.network = network
+        self.fixed_batch = False
         leaves, self._spec = tree_flatten(as_call(example_inputs))
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -87,8 +89,8 @@ def _input_names(network: nn.Module, example_inputs: ExampleInputs) -> tuple[str
     positional = _names_of_positions(network, len(args))
     alone = len(args) == 1 and not kwargs and isinstance(args[0], Mapping)
     names: list[str] = []
-    found: list[tuple[Any, Any]] = tree_flatten_with_path((args, kwargs))[0]
-    for path, leaf in found:
+    leaves: list[tuple[Any, Any]] = list(tree_flatten_with_path((args, kwargs))[0])
+    for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             continue
         kind, first, *inner = path

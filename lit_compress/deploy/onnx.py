@@ -30,6 +30,7 @@ class OnnxRoute(Route):
     """
 
     suffix = ".onnx"
+    any_batch = True
     extra = "onnx"
     spelling = Spelling(integer_bias=True, saturating_weights="uint8", gates="sums")
 

@@ -39,6 +39,7 @@ class OpenvinoRoute(Route):
 
     suffix = ".xml"
     companions = (".bin",)
+    any_batch = True
     extra = "openvino"
     spelling = Spelling(weights_in_graph=True, saturating_weights="float")
 

@@ -63,12 +63,14 @@ class Route(ABC):
         suffix: How names of its files end, as in ``".onnx"``.
         companions: Suffixes of files that belong to one of that name and stand beside it, as
             ``(".bin",)`` for weights.
+        any_batch: Whether files take any batch size, where the network does.
         extra: The extra that installs the runtime; ``None`` where torch is all it needs.
         spelling: How a quantized network is written for it.
     """
 
     suffix: str
     companions: tuple[str, ...] = ()
+    any_batch: bool = False
     extra: str | None
     spelling: Spelling
 

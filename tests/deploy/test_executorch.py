@@ -21,13 +21,11 @@ _OPS = torch.ops.quantized_decomposed
 
 def of_integers(program, layer):
     """Whether a layer of the program has integer weights, and a range of the moment."""
-    nodes = [
-        n
-        for n in program.graph.nodes
-        if n.op == "call_function"
-        and "conv" in str(n.target)
-        and any(path.endswith(layer) for path, _ in n.meta["nn_module_stack"].values())
-    ]
+    nodes = []
+    for node in program.graph.nodes:
+        paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        if "conv" in str(node.target) and any(path.endswith(layer) for path in paths):
+            nodes.append(node)
     (node,) = nodes
     x, weight = node.args[:2]
     integers = weight.target is _OPS.dequantize_per_channel.default
