@@ -38,8 +38,8 @@ def test_the_committed_cost_is_within_its_bars(benchmark):
     assert overhead.check(overhead.read_results()) == []
 
 
-@pytest.mark.parametrize("name", ["channel_pruning", "kill_and_resume"])
-def test_the_bars_of_channel_pruning_hold_in_the_committed_results(name, benchmark):
+@pytest.mark.parametrize("name", ["channel_pruning", "integer_forms", "kill_and_resume"])
+def test_bars_hold_in_the_committed_results(name, benchmark):
     path = RESULTS / f"{name}.json"
     if not path.exists():
         pytest.skip(f"{path.name} is not there; benchmarks/{name}.py writes it")
