@@ -7,58 +7,33 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import distributions
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
+from lit_compress.measure.processor import processor
 from lit_compress.tasks import build_model
 
 PACKAGES = (
     "torch", "torchvision", "lightning", "torch-pruning", "onnx", "onnxruntime", "openvino", "nncf",
     "executorch", "litert-torch", "ai-edge-litert",
 )  # fmt: skip
-CPU_FLAGS = {
-    "avx2": ("avx2",),
-    "avx512": ("avx512f",),
-    "vnni": ("avx512_vnni", "avx_vnni"),
-    "amx": ("amx_int8", "amx_bf16"),
-}
-"""By name, the flags of Linux's ``/proc/cpuinfo`` of which one is enough."""
 
 
 def machine() -> dict[str, Any]:
     """Processor, its flags, cores, load, and versions; every JSON of a benchmark holds it."""
-    cpuinfo = Path("/proc/cpuinfo")
+    name, features = processor()
     versions = {package.metadata["Name"]: package.version for package in distributions()}
     return {
-        **processor(cpuinfo.read_text() if cpuinfo.exists() else ""),
+        "processor": name,
+        **features,
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 2),
         "num_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: versions[name] for name in PACKAGES if name in versions},
-    }
-
-
-def processor(cpuinfo: str) -> dict[str, Any]:
-    """Model name and flags.
-
-    Args:
-        cpuinfo: What Linux's ``/proc/cpuinfo`` says; nothing elsewhere, and then the flags are not
-            known and ``None``.
-    """
-    pairs = (line.partition(":") for line in cpuinfo.splitlines() if ":" in line)
-    lines = {name.strip(): value.strip() for name, _, value in pairs}
-    flags = lines["flags"].split() if "flags" in lines else None
-    return {
-        "processor": lines.get("model name", platform.machine()),
-        **{
-            name: None if flags is None else any(flag in flags for flag in any_of)
-            for name, any_of in CPU_FLAGS.items()
-        },
     }
 
 

@@ -35,7 +35,7 @@ from lit_compress.measure.inputs import (
     infer_batch_size,
     with_batch_size,
 )
-from lit_compress.measure.processor import processor
+from lit_compress.measure.processor import describe_processor
 from lit_compress.measure.size import compressed_length
 from lit_compress.measure.table import aligned, megabytes
 
@@ -231,7 +231,7 @@ def export_as(
         compressed_size_bytes=compressed_length(data),
         parity=parity,
         seconds=seconds,
-        cpu=processor(),
+        cpu=describe_processor(),
         slow_layers=saturating if form in ("uint8", "float") else (),
         needs_vnni=saturating if form == "int8" else (),
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +20,13 @@ from torch.overrides import TorchFunctionMode
 from lit_compress.deploy.places import Place, place_of_error, place_of_frame
 from lit_compress.deploy.route import Tensors
 
-__all__ = ["exported_program", "program_for_any_batch", "share_integers", "where_batch_is_fixed"]
+__all__ = [
+    "exported_program",
+    "program_for_any_batch",
+    "quiet_exporter",
+    "share_integers",
+    "where_batch_is_fixed",
+]
 
 
 def exported_program(module: nn.Module, inputs: Tensors) -> ExportedProgram:
@@ -121,3 +131,20 @@ def _takes_any_batch(program: ExportedProgram) -> bool:
     first = program.graph_signature.user_inputs[0]
     node = next(n for n in program.graph.nodes if n.name == first)
     return not is_concrete_int(node.meta["val"].shape[0])
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep the converter's progress report from the terminal."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

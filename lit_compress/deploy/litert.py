@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_compress.compress.quantization.integers import Spelling
+from lit_compress.deploy.exporting import quiet_exporter
 from lit_compress.deploy.flat_call import FlatCall
 from lit_compress.deploy.route import Route, Runner, Tensors, needs_extra
 
@@ -35,7 +31,7 @@ class LitertRoute(Route):
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
-        with needs_extra(self.extra, "LiteRT files"), _quiet():
+        with needs_extra(self.extra, "LiteRT files"), quiet_exporter():
             import litert_torch
             from litert_torch.quantize import pt2e_quantizer, quant_config
         config = None
@@ -44,7 +40,7 @@ class LitertRoute(Route):
             quantizer = pt2e_quantizer.PT2EQuantizer()
             scheme = pt2e_quantizer.get_symmetric_quantization_config(is_per_channel=True)
             config = quant_config.QuantConfig(pt2e_quantizer=quantizer.set_global(scheme))
-        with _quiet(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             model = litert_torch.convert(call, inputs, quant_config=config)
             model.export(str(path))
 
@@ -59,7 +55,7 @@ class LitertRoute(Route):
 
 class _LitertRunner(Runner):
     def __init__(self, path: Path, num_threads: int) -> None:
-        with needs_extra("litert", "LiteRT files"), _quiet():
+        with needs_extra("litert", "LiteRT files"), quiet_exporter():
             from ai_edge_litert.interpreter import Interpreter
         self._loaded: Any = Interpreter(str(path), num_threads=num_threads)
         self._loaded.allocate_tensors()
@@ -98,20 +94,3 @@ def _position(place: dict[str, Any]) -> int:
     digits = "".join(c for c in str(place["name"]).rpartition("_")[2].partition(":")[0]
                      if c.isdigit())  # fmt: skip
     return int(digits or 0)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the converter's progress report from the terminal."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from lit_compress.compress.quantization.integers import Spelling
-from lit_compress.deploy.exporting import program_for_any_batch
+from lit_compress.deploy.exporting import program_for_any_batch, quiet_exporter
 from lit_compress.deploy.flat_call import FlatCall
 from lit_compress.deploy.route import Route, Runner, Tensors, needs_extra
 
@@ -50,7 +45,7 @@ class OpenvinoRoute(Route):
         program = program_for_any_batch(call, inputs)
         if integers:
             widen_weight_grids(program)
-        with _quiet(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             model = openvino.convert_model(program)
         shapes = _input_shapes(program)
         for place, name in zip(model.inputs, call.input_names, strict=True):
@@ -147,20 +142,3 @@ def run_kernels(path: Path | str) -> list[tuple[str, str]]:
         found.append((kind, precision))
     runner.close()
     return sorted(found)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the converter's remarks from the terminal."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

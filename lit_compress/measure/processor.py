@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["processor", "processor_features"]
+__all__ = ["FEATURES", "describe_processor", "processor"]
 
 _CPUINFO = Path("/proc/cpuinfo")
-# By the names that Linux gives them: what decides how int8 and bfloat16 are computed.
-_FEATURES = {
+
+FEATURES: Mapping[str, tuple[str, ...]] = {
     "avx2": ("avx2",),
     "avx512": ("avx512f",),
     "vnni": ("avx512_vnni", "avx_vnni"),
-    "amx": ("amx_int8",),
-    "dot products": ("asimddp",),
+    "amx": ("amx_int8", "amx_bf16"),
+    "asimddp": ("asimddp",),
     "i8mm": ("i8mm",),
 }
+"""What decides how int8 and bfloat16 are computed: by name, the flags of which one is enough."""
 
 
-@cache
-def processor() -> str:
-    """Name and integer features, as in ``"AMD EPYC (avx2)"``."""
-    present = [name for name, found in processor_features().items() if found]
-    features = ", ".join(present) or "features unknown"
-    return f"{_field('model name') or platform.processor() or platform.machine()} ({features})"
+def processor(cpuinfo: str | None = None) -> tuple[str, dict[str, bool | None]]:
+    """Model name and features.
 
+    Args:
+        cpuinfo: What Linux's ``/proc/cpuinfo`` says; by default that of this machine.
 
-@cache
-def processor_features() -> dict[str, bool]:
-    """Whether this processor has AVX2, AVX-512, VNNI, AMX, and ARM's dot products and i8mm.
-
-    All false where the system does not tell (all but Linux).
+    Returns:
+        The name, and for each of :data:`FEATURES` whether it is there; ``None`` where the system
+        does not tell (all but Linux).
     """
-    flags = set((_field("flags") or _field("Features") or "").split())
-    return {name: not flags.isdisjoint(flag) for name, flag in _FEATURES.items()}
+    if cpuinfo is None:
+        cpuinfo = _CPUINFO.read_text() if _CPUINFO.exists() else ""
+    pairs = (line.partition(":") for line in cpuinfo.splitlines() if ":" in line)
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
+    flags = lines.get("flags", lines.get("Features"))
+    present = None if flags is None else set(flags.split())
+    features = {
+        name: None if present is None else not present.isdisjoint(any_of)
+        for name, any_of in FEATURES.items()
+    }
+    return lines.get("model name") or platform.processor() or platform.machine(), features
 
 
-def _field(name: str) -> str | None:
-    if not _CPUINFO.exists():
-        return None
-    for line in _CPUINFO.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None
+def describe_processor(cpuinfo: str | None = None) -> str:
+    """Name and features in words, as in ``"AMD EPYC (avx2)"``.
+
+    Args:
+        cpuinfo: As in :func:`processor`.
+    """
+    name, features = processor(cpuinfo)
+    present = ", ".join(feature for feature, found in features.items() if found)
+    if None in features.values():
+        present = "features unknown"
+    return f"{name} ({present})" if present else name

@@ -4,35 +4,14 @@ import json
 import time
 
 import pytest
-from machine import CPU_FLAGS, machine, processor, rounded, say_duration, seconds_of
+from machine import machine, rounded, say_duration, seconds_of
 
-CPUINFO = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu {flags} sse\n\n"
-
-
-@pytest.mark.parametrize(
-    ("flags", "known"),
-    [
-        ("avx2", {"avx2"}),
-        ("avx avx512", set()),
-        ("avx2 avx_vnni", {"avx2", "vnni"}),
-        ("avx2 avx512f avx512_vnni amx_int8", {"avx2", "avx512", "vnni", "amx"}),
-    ],
-)
-def test_flags_are_read_as_linux_spells_them(flags, known):
-    found = processor(CPUINFO.format(flags=flags))
-    assert found["processor"] == "Some CPU @ 2 GHz"
-    assert {name for name in CPU_FLAGS if found[name]} == known
-
-
-def test_unknown_flags_are_not_absent_ones():
-    found = processor("")
-    assert found["processor"]
-    assert all(found[name] is None for name in CPU_FLAGS)
+from lit_compress.measure.processor import FEATURES
 
 
 def test_a_machine_is_plain_data_with_all_that_times_depend_on():
     found = json.loads(json.dumps(machine()))
-    asked = {"processor", *CPU_FLAGS, "cores", "load_average", "num_threads", "python", "torch"}
+    asked = {"processor", *FEATURES, "cores", "load_average", "num_threads", "python", "torch"}
     assert found.keys() >= asked
     assert found["cores"] >= 1
 

@@ -50,6 +50,18 @@ def test_a_quantized_checkpoint_becomes_an_int8_file_that_scores_as_torch(int8_c
         assert torch.allclose(logits, module(images), atol=0.2)
 
 
+def test_the_fastest_form_is_kept(int8_checkpoint, capsys):
+    arguments = ["--to=ort-int8", "--fastest", "--assume-vnni", "--json=out.json"]
+    assert main(["export", str(int8_checkpoint), *arguments, "--output=fast.onnx"]) == 0
+    (written,) = json.loads(Path("out.json").read_text())
+    assert written["median_ms"].keys() == {"integers", "float"}
+    assert written["form"] == min(written["median_ms"], key=written["median_ms"].get)
+    assert written["needs_vnni"] == []  # it was quantized so that nothing saturates
+    assert "timed on this machine" in capsys.readouterr().out
+    with load_file("fast.onnx") as file:
+        assert file((torch.rand(2, 1, 8, 8),))[0].shape == (2, 10)
+
+
 def test_float_leaves_quantization_off(int8_checkpoint, capsys):
     assert main(["export", str(int8_checkpoint), "--to=onnx", "--float", "--output=f.onnx"]) == 0
     assert "float" in capsys.readouterr().out

@@ -6,7 +6,7 @@ Inductor) and FBGEMM all do so with AVX2, and with AVX-512 where VNNI is missing
 ``255 * 128 = 32640`` fits int16, two neighbours cannot overflow as long as their sum is at most 128
 in magnitude. Halving the range of all weights (7 bits; ``reduce_range`` in PyTorch and ONNX
 Runtime, ``overflow_fix`` in NNCF) makes sure of this too, but costs every weight a bit. Here the
-scale of a channel grows until its own neighbours fit, by a quarter to a third for trained weights.
+scale of a channel grows until its own neighbours fit, at most to double.
 
 Neighbours are weights that follow on one another in memory: input channels first, then the places
 of the kernel. Pairs begin at even places. With an odd number of input channels libraries differ on
