@@ -41,10 +41,10 @@ from machine import machine, say_duration
 from quantization_training import LABELS, be_quiet, quiet_trainer, spread, trained_module
 from torch import Tensor, nn
 
-from lit_compress.compress.quantization.bias_correction import correct_bias
-from lit_compress.compress.quantization.equalization import equalize
+from lit_compress.compress.quantization.corrections.bias_correction import correct_bias
+from lit_compress.compress.quantization.corrections.equalization import equalize
+from lit_compress.compress.quantization.corrections.rounding import round_adaptively
 from lit_compress.compress.quantization.network import calibrate, prepare
-from lit_compress.compress.quantization.rounding import round_adaptively
 from lit_compress.compress.quantization.scheme import QuantizationScheme, WeightRanges
 from lit_compress.tasks import CIFAR10JPEGDataModule, DigitsDataModule, ImageClassifier
 

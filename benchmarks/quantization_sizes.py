@@ -12,10 +12,10 @@ from quantization_after_training import ANY, Batch, quantized
 from torch import Tensor, nn
 
 from lit_compress import load_compressed
-from lit_compress.compress.clustered_weights import ClusteredWeights
+from lit_compress.compress.clustering.clustered_weights import ClusteredWeights
 from lit_compress.compress.layers import select_weights
-from lit_compress.compress.packed_checkpoint import write_packed_checkpoint
-from lit_compress.compress.sparsity import allocate_zeros, magnitude_masks
+from lit_compress.compress.packing.checkpoint import write_packed_checkpoint
+from lit_compress.compress.sparsity.magnitude import allocate_zeros, magnitude_masks
 from lit_compress.deploy import export
 from lit_compress.measure.size import compressed_length
 from lit_compress.tasks import build_model, weights_path

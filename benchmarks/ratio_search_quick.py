@@ -10,7 +10,7 @@ import ratio_search_runs as runs
 import torch
 from sparsity_distillation import quiet_trainer
 
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.settings import CandidateSettings, ScoringSettings
 from lit_compress.tasks import DigitsDataModule, ImageClassifier
 from lit_compress.tasks.assets import ASSETS_VARIABLE

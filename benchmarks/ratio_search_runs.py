@@ -23,7 +23,7 @@ import torch
 from ratio_search_bars import CASES, SEEDS, SPARSITIES
 from sparsity_distillation import quiet_trainer
 
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.problem import RatioProblem
 from lit_compress.search.search_result import Episode, SearchResult
 from lit_compress.search.searchers import DDPGSearcher, Searcher

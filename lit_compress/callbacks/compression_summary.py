@@ -17,14 +17,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lit_compress.callbacks import tracking
-from lit_compress.callbacks._network_calls import (
+from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.network_calls import (
     NetworkCall,
     NetworkCalls,
     find_network,
     is_compiled,
 )
-from lit_compress.compress.packed_checkpoint import write_packed_checkpoint
+from lit_compress.compress.packing.checkpoint import write_packed_checkpoint
 from lit_compress.compress.quantization.network import Quantization, without_quantizers
 from lit_compress.compress.quantization.quantizers import WeightQuantizer
 from lit_compress.measure import (
@@ -36,7 +36,7 @@ from lit_compress.measure import (
     measure_model,
 )
 from lit_compress.measure.inputs import with_batch_size
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.plain import from_plain, to_plain
 
 __all__ = ["CompressionSummary"]
 

@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lit_compress.callbacks._structure_in_checkpoints import carry_structure
-from lit_compress.callbacks._teacher import read_remote
-from lit_compress.compress.quantization.linear_kernels import torchao_weights_readable
+from lit_compress.callbacks.distillation.teacher import read_remote
+from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
+from lit_compress.compress.quantization.formats.linear_kernels import torchao_weights_readable
 from lit_compress.compress.quantization.stored import holds_torchao_weights, take_quantization
 from lit_compress.compress.structure import replay
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, structure_for

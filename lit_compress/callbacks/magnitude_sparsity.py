@@ -13,17 +13,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_compress.callbacks import tracking
-from lit_compress.callbacks._method_wrapping import Removable
-from lit_compress.callbacks._requirements import (
+from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.method_wrapping import Removable
+from lit_compress.callbacks.lightning.requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
     refuse_sharded_strategy,
 )
-from lit_compress.callbacks._run_clock import current_moment, resolved_schedule
-from lit_compress.callbacks._searched import found_sparsities, refuse_layers, refuse_waiting_in_vain
-from lit_compress.callbacks._stage_order import Stage, StageSpan, check_stage_order
-from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks.lightning.run_clock import current_moment, resolved_schedule
+from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks.search.searched import (
+    found_sparsities,
+    refuse_layers,
+    refuse_waiting_in_vain,
+)
+from lit_compress.callbacks.stage_order import Stage, StageSpan, check_stage_order
 from lit_compress.compress.layers import (
     LayerType,
     Selection,
@@ -31,10 +35,10 @@ from lit_compress.compress.layers import (
     refuse_bare_string,
     select_weights,
 )
-from lit_compress.compress.masked_weights import MaskedWeights
-from lit_compress.compress.patterns import parse_pattern
 from lit_compress.compress.schedules import Ramp, Schedule
-from lit_compress.compress.sparsity_target import Allocation, FinalSparsity, SparsityTarget
+from lit_compress.compress.sparsity.masked_weights import MaskedWeights
+from lit_compress.compress.sparsity.patterns import parse_pattern
+from lit_compress.compress.sparsity.target import Allocation, FinalSparsity, SparsityTarget
 from lit_compress.search.search_result import SearchResult, Space
 from lit_compress.search.settings import CandidateSettings
 

@@ -13,24 +13,24 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_compress.callbacks import tracking
-from lit_compress.callbacks._clustering_order import refuse_moving_masks
-from lit_compress.callbacks._method_wrapping import Removable
-from lit_compress.callbacks._requirements import (
+from lit_compress.callbacks.clustering_order import refuse_moving_masks
+from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.method_wrapping import Removable
+from lit_compress.callbacks.lightning.requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
     refuse_sharded_strategy,
 )
-from lit_compress.callbacks._run_clock import current_moment, resolved_moment
-from lit_compress.callbacks._stage_order import (
+from lit_compress.callbacks.lightning.run_clock import current_moment, resolved_moment
+from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks.stage_order import (
     Stage,
     StageSpan,
     check_stage_order,
     refuse_quantized_network,
 )
-from lit_compress.callbacks._weight_averages import AverageWatch, averaged_modules
-from lit_compress.compress.clustered_weights import ClusteredWeights, Clusters
-from lit_compress.compress.clustering import ClusterInit, check_init, check_num_clusters
+from lit_compress.compress.clustering.clustered_weights import ClusteredWeights, Clusters
+from lit_compress.compress.clustering.kmeans import ClusterInit, check_init, check_num_clusters
 from lit_compress.compress.layers import (
     LayerType,
     Selection,
@@ -50,8 +50,9 @@ class WeightClustering(pl.Callback):
     Compression", section 3). From then on the members of a cluster are trained as one: each gets
     the mean gradient of its cluster, and after each optimizer step each tensor has at most
     ``num_clusters`` distinct values, to the bit (see
-    :class:`~lit_compress.compress.clustered_weights.ClusteredWeights`). Such a model is small in a
-    packed file (:func:`~lit_compress.compress.packing.write_packed`), not in memory.
+    :class:`~lit_compress.compress.clustering.clustered_weights.ClusteredWeights`). Such a model is
+    small in a packed file (:func:`~lit_compress.compress.packing.packed_file.write_packed`), not in
+    memory.
 
     The LightningModule is not changed: the clusters lie in this callback, weights in the checkpoint
     have their usual names, and a checkpoint opens without this library. Interrupted runs resume
@@ -68,7 +69,7 @@ class WeightClustering(pl.Callback):
             Or a mapping from name patterns of layers (``*`` and ``?``) to the number of each; the
             first pattern that matches a layer counts, and layers that none matches are left alone.
         init: How k-means begins: ``"kmeans++"``, ``"density"`` or ``"linear"`` (see
-            :func:`~lit_compress.compress.clustering.kmeans`).
+            :func:`~lit_compress.compress.clustering.kmeans.kmeans`).
         begin: When the weights are clustered: a float is a fraction of the run, in [0, 1], an int
             an optimizer step.
         trainable: Whether the values are trained after that; else the weights stay as they were

@@ -15,9 +15,12 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-from lit_compress.callbacks import tracking
-from lit_compress.callbacks._resident_validation import ResidentValidation, record_validation
-from lit_compress.callbacks._search_scoring import chosen_metric
+from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.resident_validation import (
+    ResidentValidation,
+    record_validation,
+)
+from lit_compress.callbacks.search.scoring import chosen_metric
 from lit_compress.cli.analysis_options import analysis_parser, checked_ratios
 from lit_compress.cli.inspection import numbers
 from lit_compress.cli.short_fits import filled_subject, traceless_trainer, tune

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from torch import nn
 from torch.utils._pytree import tree_unflatten
 
-from lit_compress.callbacks._method_wrapping import MethodWrapper
+from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.cli.inspection import fill, numbers
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.subject import Subject, find_subject
@@ -33,8 +33,8 @@ from lit_compress.deploy.runtimes import ROUTES
 from lit_compress.files import write_text
 from lit_compress.measure import ExampleInputs
 from lit_compress.measure.inputs import infer_batch_size, with_batch_size
-from lit_compress.measure.plain import to_plain
 from lit_compress.measure.table import aligned
+from lit_compress.plain import to_plain
 
 __all__ = ["export"]
 

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_compress.callbacks import tracking
+from lit_compress.callbacks.lightning import tracking
 from lit_compress.cli.subject import Subject, quiet
 from lit_compress.deploy import BenchmarkResult, benchmark_files
 from lit_compress.deploy.runtimes import ROUTES, load_file

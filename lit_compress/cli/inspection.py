@@ -27,7 +27,6 @@ from lit_compress.measure import (
     measure_model,
 )
 from lit_compress.measure.inputs import with_batch_size
-from lit_compress.measure.plain import to_plain
 from lit_compress.measure.table import (
     TIMES,
     aligned,
@@ -37,6 +36,7 @@ from lit_compress.measure.table import (
     percent,
     shown,
 )
+from lit_compress.plain import to_plain
 
 __all__ = ["benchmark", "fill", "numbers", "report"]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
+from lit_compress.callbacks.quantization.post_training_quantization import PostTrainingQuantization
 from lit_compress.cli.inspection import fill
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.subject import Subject, find_subject, quiet
-from lit_compress.compress.packed_checkpoint import write_packed_checkpoint
+from lit_compress.compress.packing.checkpoint import write_packed_checkpoint
 from lit_compress.files import write_text
-from lit_compress.measure.plain import to_plain
 from lit_compress.measure.table import megabytes
+from lit_compress.plain import to_plain
 
 __all__ = ["quantize"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_compress.callbacks._searched import found_sparsities
-from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lit_compress.callbacks.search.searched import found_sparsities
 from lit_compress.cli.inspection import fill
 from lit_compress.cli.search_options import SearchOptions, search_options
 from lit_compress.cli.short_fits import filled_subject, traceless_trainer, tune

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.search.settings import CandidateSettings, ScoringSettings, SearchTarget
 from lit_compress.search.staged import stage_targets

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import instantiate_module
 from torch import nn
 
-from lit_compress.callbacks._network_calls import NetworkCalls, find_network
+from lit_compress.callbacks.lightning.network_calls import NetworkCalls, find_network
 from lit_compress.cli.training import NAMED_CALLBACKS, CompressionCLI
 from lit_compress.compress.weight_files import read_checkpoint
 from lit_compress.measure import ExampleInputs

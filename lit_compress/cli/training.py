@@ -13,14 +13,16 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lit_compress.callbacks._structure_in_checkpoints import carry_structure
-from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.compression_summary import CompressionSummary
-from lit_compress.callbacks.distillation import Distillation
+from lit_compress.callbacks.distillation.distillation import Distillation
+from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
-from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
-from lit_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lit_compress.callbacks.quantization.post_training_quantization import PostTrainingQuantization
+from lit_compress.callbacks.quantization.quantization_aware_training import (
+    QuantizationAwareTraining,
+)
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.cli import COMMANDS
 from lit_compress.cli.parsing import CommandParser

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lit_compress.compress.patterns import SparsityPattern
+from lit_compress.compress.sparsity.patterns import SparsityPattern
 
 __all__ = ["LayerType", "Selection", "SkippedWeight", "refuse_bare_string", "select_weights"]
 

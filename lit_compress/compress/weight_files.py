@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.layers import plain_name
-from lit_compress.compress.packed_checkpoint import unpacked_checkpoint
-from lit_compress.compress.packing import packed_content
-from lit_compress.compress.quantization.linear_kernels import torchao_weights_readable
+from lit_compress.compress.packing.checkpoint import unpacked_checkpoint
+from lit_compress.compress.packing.packed_file import packed_content
+from lit_compress.compress.quantization.formats.linear_kernels import torchao_weights_readable
 from lit_compress.compress.quantization.stored import belongs_to_quantizers, take_quantization
 from lit_compress.compress.structure import record_of, replay, values_after
 from lit_compress.compress.structure_record import StructureRecord, Value

@@ -147,6 +147,6 @@ class BenchmarkResult(SavedAsJSON):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from lit_compress.deploy.benchmark_plot import plot_benchmark
+        from lit_compress.plotting.benchmark import plot_benchmark
 
         return plot_benchmark(self, Path(path))

@@ -139,7 +139,7 @@ class CompressionReport(SavedAsJSON):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from lit_compress.measure.plots import plot_report
+        from lit_compress.plotting.report import plot_report
 
         return plot_report(self, Path(path))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from lit_compress.files import write_text
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.plain import from_plain, to_plain
 
 __all__ = ["SavedAsJSON"]
 
@@ -18,7 +18,7 @@ _Self = TypeVar("_Self", bound="SavedAsJSON")
 class SavedAsJSON:
     """What a result that is a dataclass inherits, to be saved and loaded.
 
-    The fields are those that :func:`~lit_compress.measure.plain.from_plain` knows. The file says
+    The fields are those that :func:`~lit_compress.plain.from_plain` knows. The file says
     what it is, so that another one is refused.
     """
 

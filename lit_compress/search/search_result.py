@@ -251,7 +251,7 @@ class SearchResult(SavedAsJSON):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        from lit_compress.search.search_plot import plot_search
+        from lit_compress.plotting.search import plot_search
 
         return plot_search(self, Path(path))
 

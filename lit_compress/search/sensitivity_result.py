@@ -224,7 +224,7 @@ class SensitivityResult(SavedAsJSON):
             ModuleNotFoundError: If matplotlib is not installed.
             ValueError: If a metric was not logged.
         """
-        from lit_compress.search.sensitivity_plot import plot_sensitivity
+        from lit_compress.plotting.sensitivity import plot_sensitivity
 
         for metric in metrics or ():
             self._check_metric(metric, tuned=False)

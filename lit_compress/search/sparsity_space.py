@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lit_compress.compress.layer_weights import layer_weights
 from lit_compress.compress.layers import select_weights
-from lit_compress.compress.sparse_copies import SparseCopies
-from lit_compress.compress.sparsity import apportion, check_sparsity
+from lit_compress.compress.sparsity.copies import SparseCopies
+from lit_compress.compress.sparsity.magnitude import apportion, check_sparsity
 from lit_compress.search.layer_features import layer_features
 from lit_compress.search.problem import Budget, Choice, Cost, Decision, RatioProblem, chosen_levels
 

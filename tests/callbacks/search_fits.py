@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.ddpg import DDPGSettings
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings, ScoringSettings

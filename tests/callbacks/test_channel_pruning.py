@@ -114,7 +114,7 @@ def test_a_latency_is_met_by_measuring_slim_copies(monkeypatch):
         measured.append(Result.median_ms)
         return [Result]
 
-    monkeypatch.setattr("lit_compress.callbacks._channel_way.measure_latency", fake)
+    monkeypatch.setattr("lit_compress.callbacks.pruning.channel_way.measure_latency", fake)
     callback = pruning(None, target_latency_ms=50.0)
     module = fit(callback, module=WideNet(), max_steps=1)
     found = module.model[0].out_channels + module.model[4].out_channels / 2

@@ -11,8 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lit_compress import ChannelPenalty, Schedule
-from lit_compress.callbacks._cut_in_fit import cut_in_fit
-from lit_compress.callbacks._weight_averages import averaged_modules
+from lit_compress.callbacks.lightning.weight_averages import averaged_modules
+from lit_compress.callbacks.pruning.cut_in_fit import cut_in_fit
 from lit_compress.measure import count_macs
 from tests.callbacks.channel_fits import (
     HALF,

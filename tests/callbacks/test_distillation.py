@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 from torch.utils.data import DataLoader
 
-from lit_compress.callbacks.distillation import Distillation, FeatureMatching
+from lit_compress.callbacks.distillation.distillation import Distillation, FeatureMatching
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.compress.distillation import (
     attention_transfer,

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lit_compress import load_compressed
-from lit_compress.callbacks._structure_in_checkpoints import carry_structure
+from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
 from lit_compress.compress.structure import describe, record_of
 from lit_compress.compress.structure_record import STRUCTURE_KEY, StructureRecord
 from tests.callbacks.nets import loader, same_weights, trainer

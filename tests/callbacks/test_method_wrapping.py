@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from lit_compress.callbacks._method_wrapping import MethodWrapper
+from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 
 
 class Counter:

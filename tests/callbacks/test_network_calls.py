@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_compress.callbacks._network_calls import (
+from lit_compress.callbacks.lightning.network_calls import (
     NetworkCalls,
     find_layer,
     find_network,

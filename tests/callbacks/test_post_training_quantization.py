@@ -21,9 +21,9 @@ from lit_compress import (
     Schedule,
     load_compressed,
 )
-from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
+from lit_compress.callbacks.quantization.post_training_quantization import PostTrainingQuantization
 from lit_compress.callbacks.weight_clustering import WeightClustering
-from lit_compress.compress.quantization.fixed_point import FixedPoint
+from lit_compress.compress.quantization.formats.fixed_point import FixedPoint
 from lit_compress.compress.quantization.network import is_quantized, quantized_network
 from lit_compress.compress.quantization.stored import QUANTIZATION_KEY, quantization_records
 from tests.callbacks.nets import ManualNet, Net, loader, same_weights, trainer
@@ -427,7 +427,7 @@ def test_strategies_that_shard_or_spawn(monkeypatch):
     with pytest.raises(MisconfigurationException, match="spawns its processes .* strategy='ddp'"):
         quantization().setup(spawning, Scored(), "fit")
     whole = trainer()
-    place = "lit_compress.callbacks._requirements.FSDPStrategy"
+    place = "lit_compress.callbacks.lightning.requirements.FSDPStrategy"
     monkeypatch.setattr(place, type(whole.strategy))
     with pytest.raises(MisconfigurationException, match="shards them; use strategy='ddp'"):
         quantization().setup(whole, Scored(), "fit")

@@ -25,7 +25,7 @@ from lit_compress import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
 )
-from lit_compress.callbacks import _search_candidates
+from lit_compress.callbacks.search import candidates as _search_candidates
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.quantization.sizes import stored_bytes
 from lit_compress.measure import count_macs, count_params

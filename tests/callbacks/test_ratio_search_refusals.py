@@ -11,7 +11,7 @@ from lit_compress import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
 )
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings, ScoringSettings
 from tests.callbacks.search_fits import Small, fit, loader, search

@@ -12,7 +12,7 @@ from lit_compress import (
     QuantizationAwareTraining,
     Schedule,
 )
-from lit_compress.callbacks.ratio_search import RatioSearch
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.evaluation import Evaluator
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings

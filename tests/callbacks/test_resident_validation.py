@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_compress.callbacks._resident_validation import (
+from lit_compress.callbacks.lightning.resident_validation import (
     ResidentValidation,
     record_validation,
     with_network,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_compress import Distillation, load_compressed
-from lit_compress.callbacks._structure_in_checkpoints import carry_structure
+from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
 from tests.callbacks.nets import loader, same_weights, trainer
 from tests.slim_nets import ChainModule, cut, widths
 

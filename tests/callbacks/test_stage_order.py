@@ -4,7 +4,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_compress import ChannelPruning, MagnitudeSparsity, Schedule
-from lit_compress.callbacks._stage_order import check_stage_order
+from lit_compress.callbacks.stage_order import check_stage_order
 from lit_compress.callbacks.weight_clustering import WeightClustering
 from lit_compress.compress.quantization.network import is_quantized
 from tests.callbacks.channel_fits import HALF, fit, pruning, widths

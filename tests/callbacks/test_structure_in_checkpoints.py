@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from lit_compress.callbacks._structure_in_checkpoints import carry_structure
+from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
 from lit_compress.compress.structure import describe, record_of
 from lit_compress.compress.structure_record import STRUCTURE_KEY, StructureRecord
 from tests.callbacks.nets import loader, same_weights, trainer

@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 
-from lit_compress.callbacks.channel_pruning import ChannelPruning
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.pruning.channel_pruning import ChannelPruning
 from lit_compress.callbacks.weight_clustering import WeightClustering
-from lit_compress.compress.packing import read_packed, write_packed
+from lit_compress.compress.packing.packed_file import read_packed, write_packed
 from lit_compress.compress.schedules import Schedule
 from tests.callbacks.nets import ManualNet, Net, loader, same_weights, trainer, zeros
 

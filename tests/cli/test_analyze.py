@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_compress.callbacks._resident_validation import ResidentValidation
+from lit_compress.callbacks.lightning.resident_validation import ResidentValidation
 from lit_compress.cli import analyze, main
 from lit_compress.compress.channels.cut import cut_channels
 from lit_compress.compress.channels.plan import ChannelPlan

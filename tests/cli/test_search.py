@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lit_compress import ChannelPlan, SearchResult, load_compressed
-from lit_compress.callbacks import _search_report
-from lit_compress.callbacks._search_report import SearchProgress
+from lit_compress.callbacks.search import report as _search_report
+from lit_compress.callbacks.search.report import SearchProgress
 from lit_compress.cli import main, search
 from lit_compress.tasks import ImageClassifier, build_model
 

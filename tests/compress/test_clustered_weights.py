@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_compress.compress.clustered_weights import ClusteredWeights
+from lit_compress.compress.clustering.clustered_weights import ClusteredWeights
 
 
 def parameters(seed=0, sparse=True):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lit_compress.compress.clustering import (
+from lit_compress.compress.clustering.kmeans import (
     _sums_by_sorting,
     cluster_means,
     inertia,

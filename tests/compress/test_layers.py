@@ -5,7 +5,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from lit_compress.compress.layers import select_weights
-from lit_compress.compress.patterns import Block, NofM
+from lit_compress.compress.sparsity.patterns import Block, NofM
 
 
 class Zoo(nn.Module):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_compress.compress.masked_weights import MaskedWeights
-from lit_compress.compress.patterns import NofM
+from lit_compress.compress.sparsity.masked_weights import MaskedWeights
+from lit_compress.compress.sparsity.patterns import NofM
 
 
 def weights_of(values):

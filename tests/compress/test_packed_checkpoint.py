@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_compress import load_compressed
-from lit_compress.compress.packed_checkpoint import write_packed_checkpoint
-from lit_compress.compress.packing import read_packed, write_packed
+from lit_compress.compress.packing.checkpoint import write_packed_checkpoint
+from lit_compress.compress.packing.packed_file import read_packed, write_packed
 from lit_compress.compress.quantization.network import calibrate, prepare, quantized_network
 from lit_compress.compress.quantization.post_training import (
     PostTrainingScheme,

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_compress.compress import packing
-from lit_compress.compress.clustered_weights import ClusteredWeights
-from lit_compress.compress.packed_tensors import (
+from lit_compress.compress.clustering.clustered_weights import ClusteredWeights
+from lit_compress.compress.packing.packed_file import pack, read_packed, unpack, write_packed
+from lit_compress.compress.packing import packed_file as packing
+from lit_compress.compress.packing.tensors import (
     Clustered,
     Integers,
     Raw,
@@ -19,7 +20,6 @@ from lit_compress.compress.packed_tensors import (
     packed_form,
     unpack_bits,
 )
-from lit_compress.compress.packing import pack, read_packed, unpack, write_packed
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),

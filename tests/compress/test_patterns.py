@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_compress.compress.patterns import Block, NofM, Unstructured, parse_pattern
-from lit_compress.compress.sparsity import keep_largest
+from lit_compress.compress.sparsity.magnitude import keep_largest
+from lit_compress.compress.sparsity.patterns import Block, NofM, Unstructured, parse_pattern
 
 nofm = st.tuples(st.integers(1, 7), st.integers(1, 7)).map(lambda t: NofM(t[0], t[0] + t[1]))
 blocks = st.tuples(st.integers(1, 4), st.integers(2, 4)).map(lambda t: Block(*t))

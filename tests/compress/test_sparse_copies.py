@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_compress.compress.sparse_copies import SparseCopies
-from lit_compress.compress.sparsity import magnitude_masks
+from lit_compress.compress.sparsity.copies import SparseCopies
+from lit_compress.compress.sparsity.magnitude import magnitude_masks
 
 
 class Residual(nn.Module):

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_compress.compress.patterns import Block, NofM
-from lit_compress.compress.sparsity import (
+from lit_compress.compress.sparsity.magnitude import (
     allocate_zeros,
     apportion,
     check_sparsity,
@@ -18,6 +17,7 @@ from lit_compress.compress.sparsity import (
     pack_mask,
     unpack_mask,
 )
+from lit_compress.compress.sparsity.patterns import Block, NofM
 
 sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=8).map(
     lambda ns: {f"layer{i}": n for i, n in enumerate(ns)}

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_compress.compress.patterns import Block, NofM
 from lit_compress.compress.schedules import Ramp
-from lit_compress.compress.sparsity_target import SparsityTarget
+from lit_compress.compress.sparsity.patterns import Block, NofM
+from lit_compress.compress.sparsity.target import SparsityTarget
 
 WEIGHTS = {"stem.weight": 40, "body.weight": 1000, "head.weight": 60}
 

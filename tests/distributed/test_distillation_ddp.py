@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_compress.callbacks.distillation import Distillation
+from lit_compress.callbacks.distillation.distillation import Distillation
 from lit_compress.compress.distillation import soft_target_kl
 from tests.callbacks.nets import ManualNet, Net, loader, same_weights, trainer
 from tests.distributed.launch import report, run_in_two_processes

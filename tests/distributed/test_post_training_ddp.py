@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lit_compress import load_compressed
-from lit_compress.callbacks.post_training_quantization import PostTrainingQuantization
+from lit_compress.callbacks.quantization.post_training_quantization import PostTrainingQuantization
 from tests.callbacks.nets import Net, loader, trainer
 from tests.distributed.launch import report, run_in_two_processes
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_compress import ChannelPruning, MagnitudeSparsity
-from lit_compress.callbacks import _search_candidates
+from lit_compress.callbacks.search import candidates as _search_candidates
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings
 from tests.callbacks.search_fits import Small, episodes, fit, images, loader, search

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_compress.measure.plain import from_plain, to_plain
+from lit_compress.plain import from_plain, to_plain
 
 
 @dataclass(frozen=True)

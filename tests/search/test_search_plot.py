@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lit_compress.plotting.search import plot_search
 from lit_compress.search.problem import Decision
-from lit_compress.search.search_plot import plot_search
 from lit_compress.search.search_result import Episode, SearchResult
 
 SOURCES = ("uniform", "deep", "shallow", "ddpg", "ddpg", "mine")

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lit_compress.compress.patterns import Unstructured
-from lit_compress.compress.sparse_copies import SparseCopies
-from lit_compress.compress.sparsity import allocate_zeros, magnitude_masks
+from lit_compress.compress.sparsity.copies import SparseCopies
+from lit_compress.compress.sparsity.magnitude import allocate_zeros, magnitude_masks
+from lit_compress.compress.sparsity.patterns import Unstructured
 from lit_compress.search.environment import walk
 from lit_compress.search.problem import Budget
 from lit_compress.search.searchers import rules_of_thumb

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.calibration import Forward, evaluation_mode
-from lit_compress.compress.quantization.bias_correction import correct_bias
 from lit_compress.compress.quantization.calls import tensors_in
-from lit_compress.compress.quantization.conversions import (
+from lit_compress.compress.quantization.corrections.bias_correction import correct_bias
+from lit_compress.compress.quantization.corrections.equalization import equalize
+from lit_compress.compress.quantization.corrections.rounding import round_adaptively
+from lit_compress.compress.quantization.formats.conversions import (
     is_converted,
     note_conversion,
     remove_conversion,
 )
-from lit_compress.compress.quantization.equalization import equalize
-from lit_compress.compress.quantization.fixed_point import FixedPoint, quantize_fixed_point
-from lit_compress.compress.quantization.half import to_half
-from lit_compress.compress.quantization.linear_kernels import LinearKind, quantize_linears
+from lit_compress.compress.quantization.formats.fixed_point import FixedPoint, quantize_fixed_point
+from lit_compress.compress.quantization.formats.half import to_half
+from lit_compress.compress.quantization.formats.linear_kernels import LinearKind, quantize_linears
 from lit_compress.compress.quantization.network import (
     calibrate,
     is_quantized,
@@ -29,7 +30,6 @@ from lit_compress.compress.quantization.network import (
     remove_quantization,
 )
 from lit_compress.compress.quantization.ranges import RangeKind
-from lit_compress.compress.quantization.rounding import round_adaptively
 from lit_compress.compress.quantization.scheme import ActivationRanges, QuantizationScheme
 
 __all__ = [
@@ -79,7 +79,7 @@ class PostTrainingScheme:
             calibration finds. ``"dynamic"``: the grids of activations are found anew for each
             batch. ``"weight_only"``: activations stay in floating point. ``"float16"``,
             ``"bfloat16"``: all in half precision, but the norms' statistics. ``"fixed_point"``: see
-            :class:`~lit_compress.compress.quantization.fixed_point_record.FixedPoint`.
+            :class:`~lit_compress.compress.quantization.formats.fixed_point_record.FixedPoint`.
             ``"int8_dynamic_linear"``, ``"int8_weight_only_linear"``,
             ``"int4_weight_only_linear"``: linear layers run on torchao's kernels in eager torch,
             and nothing else changes.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.quantization.conversions import stored_conversion
-from lit_compress.compress.quantization.fixed_point_record import FixedPointRecord
+from lit_compress.compress.quantization.formats.conversions import stored_conversion
+from lit_compress.compress.quantization.formats.fixed_point_record import FixedPointRecord
 from lit_compress.compress.quantization.network import (
     Quantization,
     is_quantized,

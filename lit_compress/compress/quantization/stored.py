@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_compress.compress.quantization.conversions import (
+from lit_compress.compress.quantization.formats.conversions import (
     convert_as,
     is_conversion,
     is_converted,

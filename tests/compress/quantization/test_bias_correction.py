@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.quantization.bias_correction import correct_bias
+from lit_compress.compress.quantization.corrections.bias_correction import correct_bias
+from lit_compress.compress.quantization.corrections.layer_runs import run_layers
 from lit_compress.compress.quantization.integers import integer_network
-from lit_compress.compress.quantization.layer_runs import run_layers
 from lit_compress.compress.quantization.network import calibrate, prepare, remove_quantization
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 

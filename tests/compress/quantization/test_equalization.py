@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_compress.compress.quantization.equalization import equalize
+from lit_compress.compress.quantization.corrections.equalization import equalize
 from lit_compress.compress.quantization.network import calibrate, prepare
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 

@@ -10,17 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lit_compress.compress.quantization.fixed_point import (
+from lit_compress.compress.quantization.formats.fixed_point import (
     apply_fixed_point,
     quantize_fixed_point,
 )
-from lit_compress.compress.quantization.fixed_point_grid import (
+from lit_compress.compress.quantization.formats.fixed_point_grid import (
     FixedPointGrid,
     FixedPointMethod,
     fixed_point_grid,
     round_to_fixed_point,
 )
-from lit_compress.compress.quantization.fixed_point_record import FixedPoint, FixedPointRecord
+from lit_compress.compress.quantization.formats.fixed_point_record import (
+    FixedPoint,
+    FixedPointRecord,
+)
 
 METHODS = get_args(FixedPointMethod)
 methods = st.sampled_from(METHODS)

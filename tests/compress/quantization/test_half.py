@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.quantization.half import HalfPrecision, apply_half, to_half
+from lit_compress.compress.quantization.formats.half import HalfPrecision, apply_half, to_half
 
 DTYPES = [torch.float16, torch.bfloat16]
 

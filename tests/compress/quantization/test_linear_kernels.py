@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lit_compress.compress.quantization import linear_kernels
-from lit_compress.compress.quantization.linear_kernels import (
+from lit_compress.compress.quantization.formats import linear_kernels
+from lit_compress.compress.quantization.formats.linear_kernels import (
     LinearKernels,
     apply_linear_kernels,
     quantize_linears,

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_compress.compress.quantization.conversions import (
+from lit_compress.compress.quantization.formats.conversions import (
     convert_as,
     is_converted,
     remove_conversion,
     stored_conversion,
 )
-from lit_compress.compress.quantization.fixed_point import FixedPoint
-from lit_compress.compress.quantization.linear_kernels import torchao_weights_readable
+from lit_compress.compress.quantization.formats.fixed_point import FixedPoint
+from lit_compress.compress.quantization.formats.linear_kernels import torchao_weights_readable
 from lit_compress.compress.quantization.network import is_quantized, quantized_network
 from lit_compress.compress.quantization.post_training import (
     PostTrainingScheme,
@@ -362,7 +362,7 @@ def test_torchao_that_is_missing(monkeypatch):
     quantize_after_training(net, PostTrainingScheme("int8_dynamic_linear"))
     buffer = io.BytesIO()
     torch.save(net.state_dict(), buffer)
-    place = "lit_compress.compress.quantization.linear_kernels.import_module"
+    place = "lit_compress.compress.quantization.formats.linear_kernels.import_module"
     monkeypatch.setattr(place, missing)
     remedy = r'pip install "lit-compress\[torchao\]"'
     refused(remedy, [], PostTrainingScheme("int8_dynamic_linear"), error=ModuleNotFoundError)

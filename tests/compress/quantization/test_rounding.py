@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_compress.compress.quantization.affine import Grid
-from lit_compress.compress.quantization.bias_correction import correct_bias
+from lit_compress.compress.quantization.corrections.bias_correction import correct_bias
+from lit_compress.compress.quantization.corrections.layer_runs import run_layers
+from lit_compress.compress.quantization.corrections.layer_samples import gather_samples
+from lit_compress.compress.quantization.corrections.rounding import round_adaptively
+from lit_compress.compress.quantization.corrections.soft_rounding import SoftRounding
 from lit_compress.compress.quantization.integers import integer_layers, integer_network
-from lit_compress.compress.quantization.layer_runs import run_layers
-from lit_compress.compress.quantization.layer_samples import gather_samples
 from lit_compress.compress.quantization.network import calibrate, prepare, remove_quantization
-from lit_compress.compress.quantization.rounding import round_adaptively
 from lit_compress.compress.quantization.scheme import QuantizationScheme
-from lit_compress.compress.quantization.soft_rounding import SoftRounding
 
 
 def images(seed: int = 1, n: int = 8) -> Tensor:

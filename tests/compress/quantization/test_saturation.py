@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lit_compress.compress.quantization.corrections.rounding import round_adaptively
 from lit_compress.compress.quantization.integers import integer_layers
 from lit_compress.compress.quantization.network import (
     attach,
@@ -16,7 +17,6 @@ from lit_compress.compress.quantization.network import (
     prepare,
     quantization_record,
 )
-from lit_compress.compress.quantization.rounding import round_adaptively
 from lit_compress.compress.quantization.saturation import (
     MAX_PAIR_SUM,
     in_large_pairs,

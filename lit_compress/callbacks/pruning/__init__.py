@@ -1,0 +1,1 @@
+"""Channel pruning during a fit."""

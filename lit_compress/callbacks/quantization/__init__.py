@@ -1,0 +1,1 @@
+"""Quantization during and after a fit."""

@@ -1,0 +1,143 @@
+"""A network that trains with quantizers: they come, follow a plan, and its averages follow them."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.network_calls import find_network
+from lit_compress.callbacks.lightning.run_clock import current_moment
+from lit_compress.callbacks.lightning.training_sample import TrainingSample
+from lit_compress.callbacks.pruning.cut_in_fit import rewrap
+from lit_compress.callbacks.quantization.quantizers_in_fit import (
+    agree_on_ranges,
+    clustered_weights,
+    drop_scales,
+    give_quantizers,
+    let_scales_learn,
+    quantizers_of_averages,
+    train_scales,
+)
+from lit_compress.compress.quantization.network import (
+    calibrate,
+    fit_weights,
+    is_quantized,
+    quantized_network,
+    remove_quantization,
+)
+from lit_compress.compress.quantization.scheme import QuantizationScheme
+from lit_compress.compress.quantization.training_plan import QuantizationPlan
+
+__all__ = ["QuantizedTraining"]
+
+
+class QuantizedTraining:
+    """Carries out the plan of one run.
+
+    Args:
+        callback: The callback's name, for messages.
+        scheme: What is quantized.
+        plan: When what happens.
+        unit: What the plan counts, ``"step"`` or ``"epoch"``.
+        network_name: Dotted name of the network in the LightningModule, or ``None``.
+        num_calibration_batches: Training batches for the first ranges.
+
+    Attributes:
+        now: The moment that was followed last.
+    """
+
+    def __init__(
+        self,
+        callback: str,
+        scheme: QuantizationScheme,
+        plan: QuantizationPlan,
+        unit: str,
+        network_name: str | None,
+        num_calibration_batches: int,
+    ) -> None:
+        self.scheme = scheme
+        self.plan = plan
+        self.now = 0
+        self._callback = callback
+        self._unit = unit
+        self._network_name = network_name
+        self._num_batches = num_calibration_batches
+        self._calibrated_at: int | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether scales are trained."""
+        return self.scheme.weight_ranges == "learned"
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the network calibrated quantizers, which wait for the plan."""
+        network = self._network(pl_module)
+        if is_quantized(network):  # by another stage, with other bits
+            drop_scales(trainer, network)
+            remove_quantization(network)
+        sample = self._sample(trainer, pl_module)
+        scheme = self.scheme.with_per_tensor(clustered_weights(trainer, pl_module, network))
+        quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
+        rank_zero_info(f"{self._callback}: {quantization.placement}")
+        quantization.least_weight_bits = self.plan.first_bits
+        self.now = current_moment(trainer, pl_module, self._unit)
+        self._calibrate(trainer, pl_module, sample)
+        quantization.set_mode(observing=False, quantizing=False)
+        train_scales(trainer, network)
+        let_scales_learn(network, False)
+
+    def resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the quantizers of a checkpoint, before the optimizer's state is restored."""
+        network = self._network(pl_module)
+        train_scales(trainer, network)
+        let_scales_learn(network, quantized_network(network).quantizing)
+        self._rewrap(trainer, pl_module)
+
+    def follow_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The mode and the bits of the next step, for the network and the averages of it."""
+        self.now = now = current_moment(trainer, pl_module, self._unit)
+        plan, network = self.plan, self._network(pl_module)
+        quantization = quantized_network(network)
+        averages = quantizers_of_averages(trainer, pl_module, network)
+        before = (quantization.quantizing, quantization.least_weight_bits)
+        if plan.least_bits(now) != quantization.least_weight_bits:
+            quantization.least_weight_bits = plan.least_bits(now)
+            if self.learns:
+                fit_weights(network)  # the best range for fewer bits is a smaller one
+            for average in averages:
+                average.load_state_dict(quantization.state_dict())
+        begins = plan.rounds(now) and not quantization.quantizing
+        if begins and self._calibrated_at != now:
+            self._calibrate(trainer, pl_module, self._sample(trainer, pl_module))
+        for part in (quantization, *averages):
+            part.set_mode(observing=not plan.ranges_frozen(now), quantizing=plan.rounds(now))
+        if begins:
+            let_scales_learn(network, True)
+            self._rewrap(trainer, pl_module)
+        after = (quantization.quantizing, quantization.least_weight_bits)
+        if after != before or now == 0:
+            values = {"quantization/quantizing": float(after[0])}
+            values["quantization/weight_bits"] = float(after[1])
+            tracking.log_metrics(trainer, values)
+
+    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
+        return find_network(pl_module, self._network_name)
+
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainingSample:
+        return TrainingSample(trainer, pl_module, self._network(pl_module), self._num_batches)
+
+    def _calibrate(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, sample: TrainingSample
+    ) -> None:
+        network = self._network(pl_module)
+        calibrate(network, lambda net, batch: batch.run(net), sample.inputs, "moving_average")
+        agree_on_ranges(trainer, quantized_network(network), also_learned=True)
+        for average in quantizers_of_averages(trainer, pl_module, network):
+            average.load_state_dict(quantized_network(network).state_dict())
+        self._calibrated_at = self.now
+
+    def _rewrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.learns:
+            rewrap(trainer, pl_module)

@@ -1,0 +1,1 @@
+"""Ratio search at the start of a fit."""

@@ -1,0 +1,1 @@
+"""Clustering: tensors of few distinct values, and parameters that train as clusters."""

@@ -1,0 +1,1 @@
+"""Packed files: state dicts in as few bytes as their values need."""

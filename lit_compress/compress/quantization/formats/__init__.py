@@ -1,0 +1,1 @@
+"""Other number formats: half precision, fixed point, and torchao's kernels."""

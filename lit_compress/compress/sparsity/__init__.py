@@ -1,0 +1,1 @@
+"""Sparsity: how many weights go, which, and parameters with their masks."""
