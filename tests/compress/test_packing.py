@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_compress.compress.clustering.clustered_weights import ClusteredWeights
-from lit_compress.compress.packing.packed_file import pack, read_packed, unpack, write_packed
 from lit_compress.compress.packing import packed_file as packing
+from lit_compress.compress.packing.packed_file import pack, read_packed, unpack, write_packed
 from lit_compress.compress.packing.tensors import (
     Clustered,
     Integers,
