@@ -126,23 +126,6 @@ class CompressionReport(SavedAsJSON):
         """Write `to_markdown` to a file, whole or not at all, and return its path."""
         return write_text(path, self.to_markdown())
 
-    def plot(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Draw the report as PNG files: what is left of the model, and zeros layer by layer.
-
-        Args:
-            path: A folder, made if needed, for ``summary.png`` and ``layers.png``; or a file name
-                ``x.png``, which gives ``x-summary.png`` and ``x-layers.png``.
-
-        Returns:
-            The files written.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        from lit_compress.plotting.report import plot_report
-
-        return plot_report(self, Path(path))
-
 
 def _masks_alone(dense: ModelMeasures, compressed: ModelMeasures) -> str | None:
     """The plain word on zeros that no dense kernel skips; None where more than masks changed."""
