@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import TIMES, UNKNOWN, aligned, megabytes, shown
+from lit_compress.plain import SavedAsJSON
 
 __all__ = ["BenchmarkResult", "FileLatency", "MeasuredFile"]
 

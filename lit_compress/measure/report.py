@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from lit_compress.files import write_text
 from lit_compress.measure.measures import ModelMeasures
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import (
     aligned,
     count,
@@ -24,6 +23,7 @@ from lit_compress.measure.table import (
     quantities,
     shown,
 )
+from lit_compress.plain import SavedAsJSON
 
 _FEWEST_ZEROS = 0.001  # more zeros than training leaves by chance
 

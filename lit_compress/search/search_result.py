@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from lit_compress.compress.channels.plan import ChannelPlan
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import UNKNOWN, Quantity, aligned, count, megabytes, millions
+from lit_compress.plain import SavedAsJSON
 from lit_compress.search.evaluation import Mode
 from lit_compress.search.problem import Decision, chosen_levels
 

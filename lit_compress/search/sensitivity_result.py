@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan, rounding_step
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import UNKNOWN, aligned
+from lit_compress.plain import SavedAsJSON
 from lit_compress.search.evaluation import Mode
 
 __all__ = ["SensitivityPoint", "SensitivityResult"]
