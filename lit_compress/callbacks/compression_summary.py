@@ -1,4 +1,4 @@
-"""The report of a run: what was gained and what was lost, printed, stored and logged at the end."""
+"""CompressionSummary, the callback that measures and reports what a run's compression gained."""
 
 from __future__ import annotations
 

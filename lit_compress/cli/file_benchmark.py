@@ -1,4 +1,4 @@
-"""``lit-compress benchmark FILE...``: exported files timed on their runtimes."""
+"""``lit-compress benchmark FILE...``: time exported files on their runtimes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lit-compress report`` and ``lit-compress benchmark``: what a file holds, and its speed."""
+"""``lit-compress report`` and ``lit-compress benchmark``: measure and time a checkpoint."""
 
 from __future__ import annotations
 

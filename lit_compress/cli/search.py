@@ -1,4 +1,4 @@
-"""``lit-compress search``: how much of each layer to keep, at once or in stages."""
+"""``lit-compress search``: find how much of each layer to keep, at once or in stages."""
 
 from __future__ import annotations
 

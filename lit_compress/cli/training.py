@@ -1,4 +1,4 @@
-"""Lightning's own commands, with the compression callbacks by name."""
+"""``lit-compress fit|validate|test|predict``: LightningCLI with the callbacks by name."""
 
 from __future__ import annotations
 

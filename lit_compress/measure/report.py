@@ -1,4 +1,4 @@
-"""The report: a dense model against its compressed form."""
+"""CompressionReport: a dense model against its compressed form."""
 
 from __future__ import annotations
 

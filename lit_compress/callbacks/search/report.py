@@ -1,4 +1,4 @@
-"""What is shown, written and logged of a search."""
+"""Show the progress of a search; print, save and log its result."""
 
 from __future__ import annotations
 
