@@ -1,4 +1,4 @@
-"""What must be final before weights are clustered: the masks of the same weights."""
+"""Check that masks are final before the same weights are clustered."""
 
 from __future__ import annotations
 

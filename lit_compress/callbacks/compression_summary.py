@@ -1,4 +1,4 @@
-"""The report of a run: what was gained and what was lost, printed, stored and logged at the end."""
+"""CompressionSummary, the callback that measures and reports what a run's compression gained."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from lit_compress.measure import (
 )
 from lit_compress.measure.inputs import with_batch_size
 from lit_compress.plain import from_plain, to_plain
+from lit_compress.plotting import plot_report
 
 __all__ = ["CompressionSummary"]
 
@@ -171,7 +172,7 @@ class CompressionSummary(pl.Callback):
             self.report.save(folder / "compression_report.json"),
             self.report.save_markdown(folder / "compression_report.md"),
         ]
-        plots = list(self.report.plot(folder)) if self.plots else []
+        plots = plot_report(self.report, folder) if self.plots else []
         rank_zero_info(f"The compression report is in {folder}.")
         columns, rows = ["measure", "dense", "compressed", "change"], self.report.rows()
         tracking.log_table(trainer, "compression/report", columns, rows)

@@ -1,4 +1,4 @@
-"""Modules from checkpoints of runs that cut channels."""
+"""load_compressed: a LightningModule from the checkpoint of a compressed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparsity by magnitude while the model trains, on an unmodified LightningModule."""
+"""MagnitudeSparsity, the callback that zeroes weights by magnitude while the model trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which compression stages follow each other, in one Trainer and over several."""
+"""Check that compression stages follow each other in order, in one Trainer and over several."""
 
 from __future__ import annotations
 

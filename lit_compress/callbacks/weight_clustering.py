@@ -1,4 +1,4 @@
-"""Weights of few distinct values while the model trains, on an unmodified LightningModule."""
+"""WeightClustering, the callback that trains weights with few distinct values per layer."""
 
 from __future__ import annotations
 

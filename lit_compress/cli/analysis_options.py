@@ -1,4 +1,4 @@
-"""What ``lit-compress analyze`` can be told."""
+"""The options of ``lit-compress analyze``."""
 
 from __future__ import annotations
 

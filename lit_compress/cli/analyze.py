@@ -30,6 +30,7 @@ from lit_compress.compress.channels.importance import channel_importance
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.tracing import find_channel_groups
 from lit_compress.measure.inputs import as_call, with_batch_size
+from lit_compress.plotting import plot_sensitivity
 from lit_compress.search.evaluation import Mode
 from lit_compress.search.sensitivity import planned_points, sensitivity_curves
 from lit_compress.search.sensitivity_result import SensitivityResult
@@ -263,7 +264,7 @@ def _hand_over(
     shown = (metric, *others)[:_MOST_PANELS]
     pictures = []
     try:
-        pictures.append(result.plot(folder / "sensitivity.png", shown))
+        pictures.append(plot_sensitivity(result, folder / "sensitivity.png", shown))
     except ModuleNotFoundError as error:
         print(f"lit-compress analyze: warning: {error}", file=sys.stderr)
     print(f"\nWritten: {', '.join(map(str, [*files, *pictures]))}")

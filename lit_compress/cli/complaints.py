@@ -1,4 +1,4 @@
-"""One readable line about bad input, out of what parsers and constructors say.
+"""Turn errors about bad input into one readable line.
 
 jsonargparse reports a typo as a tree: every type of a union that did not fit, each with its own
 reasons. :func:`explain` picks the branch that the user meant.

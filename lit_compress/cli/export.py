@@ -1,4 +1,4 @@
-"""``lit-compress export``: a checkpoint into files of runtimes, each checked where it runs."""
+"""``lit-compress export``: write a checkpoint as files of runtimes, each checked where it runs."""
 
 from __future__ import annotations
 

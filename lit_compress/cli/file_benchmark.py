@@ -1,4 +1,4 @@
-"""``lit-compress benchmark FILE...``: exported files timed on their runtimes."""
+"""``lit-compress benchmark FILE...``: time exported files on their runtimes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lit_compress.cli.subject import Subject, quiet
 from lit_compress.deploy import BenchmarkResult, benchmark_files
 from lit_compress.deploy.runtimes import ROUTES, load_file
 from lit_compress.measure import ExampleInputs
+from lit_compress.plotting import plot_benchmark
 
 __all__ = ["are_exported", "benchmark_exported"]
 
@@ -66,7 +67,7 @@ def benchmark_exported(
     print(result)
     if options.json:
         result.save(options.json)
-    picture = result.plot(options.plot) if options.plot else None
+    picture = plot_benchmark(result, options.plot) if options.plot else None
     if options.wandb:
         _log(result, options.wandb, [p for p in (picture,) if p is not None])
     return result

@@ -1,4 +1,4 @@
-"""``lit-compress report`` and ``lit-compress benchmark``: what a file holds, and its speed."""
+"""``lit-compress report`` and ``lit-compress benchmark``: measure and time a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from lit_compress.measure.table import (
     shown,
 )
 from lit_compress.plain import to_plain
+from lit_compress.plotting import plot_report
 
 __all__ = ["benchmark", "fill", "numbers", "report"]
 
@@ -87,7 +88,7 @@ def report(args: Sequence[str]) -> None:
     if options.markdown:
         result.save_markdown(options.markdown)
     if options.plots:
-        result.plot(options.plots)
+        plot_report(result, options.plots)
 
 
 def benchmark(args: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""``lit-compress quantize``: a trained model on integers or in half precision, before and after."""
+"""``lit-compress quantize``: quantize a trained model, and validate it before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``lit-compress search``: how much of each layer to keep, at once or in stages."""
+"""``lit-compress search``: find how much of each layer to keep, at once or in stages."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lit_compress.cli.short_fits import filled_subject, traceless_trainer, tune
 from lit_compress.cli.subject import Subject, quiet
 from lit_compress.compress.schedules import Schedule
 from lit_compress.files import write_text
+from lit_compress.plotting import plot_search
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import SearchTarget
 from lit_compress.search.staged import plan_of_stages, search_in_stages
@@ -90,7 +91,7 @@ def _tell_files(result: SearchResult, folder: Path) -> None:
     picture = folder / "search.png"
     if not picture.is_file():
         try:
-            result.plot(picture)
+            plot_search(result, picture)
         except ModuleNotFoundError as error:
             print(f"lit-compress search: warning: {error}", file=sys.stderr)
     files = [folder / name for name in _FILES]

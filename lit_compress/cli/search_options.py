@@ -1,4 +1,4 @@
-"""What ``lit-compress search`` can be told."""
+"""The options of ``lit-compress search``."""
 
 from __future__ import annotations
 

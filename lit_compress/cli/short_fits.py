@@ -1,4 +1,4 @@
-"""A trained model and short fits of it, for commands that try things out."""
+"""Short fits of a trained model, for commands that try out changes."""
 
 from __future__ import annotations
 

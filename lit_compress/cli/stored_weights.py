@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as a module to measure, where its own is not known."""
+"""The weights of a checkpoint as a module to measure, where its own class is not known."""
 
 from __future__ import annotations
 

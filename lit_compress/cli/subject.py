@@ -1,4 +1,4 @@
-"""The model that a checkpoint is of, with its data, rebuilt to be looked at."""
+"""Rebuild the model of a checkpoint, and its data, from the run's configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's own commands, with the compression callbacks by name."""
+"""``lit-compress fit|validate|test|predict``: LightningCLI with the callbacks by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lit_compress.callbacks.quantization.quantization_aware_training import (
 )
 from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.callbacks.weight_clustering import WeightClustering
-from lit_compress.cli import COMMANDS
+from lit_compress.cli.commands import COMMANDS
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.compress.weight_files import read_checkpoint
 

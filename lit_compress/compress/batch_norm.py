@@ -1,4 +1,4 @@
-"""Batch normalisation statistics of a model whose weights were changed."""
+"""Compute the running statistics of batch norms again, after weights were changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running calibration batches through a model without leaving a trace in it."""
+"""Evaluation mode for calibration, after which every module has its own mode again."""
 
 from __future__ import annotations
 

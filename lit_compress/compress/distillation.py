@@ -1,4 +1,4 @@
-"""Losses that pull a student's logits or features towards a teacher's.
+"""Distillation losses on logits and on features.
 
 All of them compute in float32 at least, whatever the inputs' type, and let gradients flow into both
 arguments: run the teacher under :class:`torch.no_grad`.

@@ -1,4 +1,4 @@
-"""The weights of layers that are named."""
+"""Look up the weights of layers by name."""
 
 from __future__ import annotations
 

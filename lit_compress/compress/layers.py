@@ -1,4 +1,4 @@
-"""Which weights of a module are made sparse, and why the others are left alone."""
+"""Select weights by layer type and name pattern, with the reason for each that is skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules: from a step of the run to a value between an initial and a final one.
+"""Schedules: formulas from the step of a run to a value, and what a user declares.
 
 Two layers. :func:`constant`, :func:`linear` and :func:`cubic` are the formulas. :class:`Schedule`
 is what a user declares (fractions of the run or absolute numbers, in steps or epochs) and

@@ -1,4 +1,4 @@
-"""The structure of a model: described, compared, remembered, and given to another model.
+"""Describe and compare the structure of a model, and apply a recorded structure to another.
 
 Each module that was cut keeps the history of its own values (:func:`note_change`), as plain data in
 its ``__dict__``. So a model and every part and copy of it know how they became what they are and

@@ -1,4 +1,4 @@
-"""What cuts changed in a model, as plain data that goes beside its weights.
+"""StructureRecord: what cuts changed in a model, as plain data stored beside its weights.
 
 Weights of a cut model fit no freshly built one: its layers are wider. A :class:`StructureRecord`
 holds what each cut changed, old and new: the sizes of parameters and buffers, and the numbers that

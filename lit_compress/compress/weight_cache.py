@@ -1,4 +1,4 @@
-"""New weights of layers, kept for the copies of a network that need the same ones again."""
+"""A cache of computed layer weights with a limit in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in files: read without running anything, and loaded whole or not at all."""
+"""Read weights from files without running code, and load them whole or not at all."""
 
 from __future__ import annotations
 

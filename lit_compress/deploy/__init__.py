@@ -1,4 +1,4 @@
-"""Networks as files that run elsewhere: exported, compared with torch, timed."""
+"""Deployment: export networks to files of runtimes, compare them with torch, and time them."""
 
 from lit_compress.deploy.benchmark import benchmark_files
 from lit_compress.deploy.benchmark_result import BenchmarkResult, FileLatency, MeasuredFile

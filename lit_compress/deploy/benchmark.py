@@ -1,4 +1,4 @@
-"""Exported files timed on their runtimes, in turns in one process."""
+"""Time exported files on their runtimes, in turns in one process."""
 
 from __future__ import annotations
 

@@ -1,15 +1,13 @@
-"""What a benchmark of files found, as data, table and picture."""
+"""Sizes and latency of exported files: the result of a benchmark, as data and as a table."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import TIMES, UNKNOWN, aligned, megabytes, shown
+from lit_compress.plain import SavedAsJSON
 
 __all__ = ["BenchmarkResult", "FileLatency", "MeasuredFile"]
 
@@ -137,16 +135,3 @@ class BenchmarkResult(SavedAsJSON):
             f"{file!r} was not timed with {num_threads} threads and batch size {batch_size}; the "
             f"files are {', '.join(repr(f.name) for f in self.files)}."
         )
-
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw medians with quartiles as bars, one panel for each batch size, into a PNG file.
-
-        Returns:
-            The file.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        from lit_compress.plotting.benchmark import plot_benchmark
-
-        return plot_benchmark(self, Path(path))

@@ -1,4 +1,4 @@
-"""A quantized network in several forms, timed on this machine; the fastest one is kept.
+"""Export a quantized network in several forms, time them on this machine, keep the fastest.
 
 Whether integers pay depends on the kernels of a runtime and on the processor: without VNNI they
 gain half as much, and an activation without an integer kernel can cost more than its layer saves.

@@ -1,4 +1,4 @@
-"""A network into a file of a runtime, run there and compared before it counts."""
+"""Export a network to a file, run the file in its runtime, and compare it with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.export as all routes use it."""
+"""torch.export as all routes use it: batches of any size where the network allows that."""
 
 from __future__ import annotations
 

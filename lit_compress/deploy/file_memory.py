@@ -1,4 +1,4 @@
-"""Peak memory of an exported file."""
+"""Measure the peak memory of an exported file when this process loads and runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network as a function from tensors to tensors, which is what files of runtimes are."""
+"""FlatCall: a network as a function from a flat tuple of tensors to another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages of AOTInductor: machine code of this processor, run by torch itself."""
+"""AOTInductor packages: machine code for this processor, run by torch itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means over images of quantized networks, written so that ONNX Runtime takes them in integers.
+"""Rewrite global average pools so that ONNX Runtime computes them in integers.
 
 The exporter writes a global average pool as ``ReduceMean``, which ONNX Runtime computes in floating
 point, between dequantization and quantization of a whole map; for ``GlobalAveragePool`` it has an

@@ -1,4 +1,4 @@
-"""The first convolution of quantized networks, written so that ONNX Runtime is fast at it.
+"""Rewrite the first convolution of a quantized network to be fast in ONNX Runtime.
 
 ONNX Runtime computes an integer convolution as a matrix product over gathered pixels. With the
 three channels of an image it gathers a few bytes at a time, which takes longer than the product.

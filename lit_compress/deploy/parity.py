@@ -1,4 +1,4 @@
-"""Whether a file computes what torch computes."""
+"""Compare the outputs of an exported file with those of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a network something happened, in the words of those who wrote it."""
+"""Find the layer and the line of the network's code at which an export failed."""
 
 from __future__ import annotations
 

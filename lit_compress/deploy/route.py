@@ -1,4 +1,4 @@
-"""What a way to a runtime is, and how it fails."""
+"""Route: how a network is exported to one runtime, loaded and run there; export errors."""
 
 from __future__ import annotations
 

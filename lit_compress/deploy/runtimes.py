@@ -1,4 +1,4 @@
-"""The routes by target, and files recognised by what they are."""
+"""The routes of all targets; recognize an exported file and load it."""
 
 from __future__ import annotations
 

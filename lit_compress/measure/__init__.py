@@ -1,4 +1,4 @@
-"""Measure a model: multiply-adds, parameters, zeros, bytes, time, memory, and report it.
+"""Measure a model: MACs, parameters, zeros, bytes, latency and memory, and report it.
 
 Everything here is pure PyTorch: modules in, numbers out, the module left as it was.
 """

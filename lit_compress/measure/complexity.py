@@ -1,4 +1,4 @@
-"""Multiply-adds, parameters and zeros of a model, in total and layer by layer."""
+"""Count the MACs, parameters and zeros of a model, in total and layer by layer."""
 
 from __future__ import annotations
 

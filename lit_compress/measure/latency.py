@@ -1,4 +1,4 @@
-"""Wall-clock time of a call: warm-up, repeats, median and spread."""
+"""Measure the latency of a call: warm-up, repeats, median and spread; two models in turns."""
 
 from __future__ import annotations
 

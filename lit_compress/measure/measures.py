@@ -1,4 +1,4 @@
-"""Everything measured of one model."""
+"""ModelMeasures: everything that is measured of one model."""
 
 from __future__ import annotations
 

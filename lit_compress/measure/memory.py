@@ -1,4 +1,4 @@
-"""Peak memory of a call."""
+"""Measure the peak memory of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processor this is, and which integer instructions it has."""
+"""The name of this processor, and the integer instructions that it has."""
 
 from __future__ import annotations
 

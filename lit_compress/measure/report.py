@@ -1,4 +1,4 @@
-"""The report: a dense model against its compressed form."""
+"""CompressionReport: a dense model against its compressed form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from lit_compress.files import write_text
 from lit_compress.measure.measures import ModelMeasures
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import (
     aligned,
     count,
@@ -24,6 +23,7 @@ from lit_compress.measure.table import (
     quantities,
     shown,
 )
+from lit_compress.plain import SavedAsJSON
 
 _FEWEST_ZEROS = 0.001  # more zeros than training leaves by chance
 
@@ -125,23 +125,6 @@ class CompressionReport(SavedAsJSON):
     def save_markdown(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_markdown` to a file, whole or not at all, and return its path."""
         return write_text(path, self.to_markdown())
-
-    def plot(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Draw the report as PNG files: what is left of the model, and zeros layer by layer.
-
-        Args:
-            path: A folder, made if needed, for ``summary.png`` and ``layers.png``; or a file name
-                ``x.png``, which gives ``x-summary.png`` and ``x-layers.png``.
-
-        Returns:
-            The files written.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-        """
-        from lit_compress.plotting.report import plot_report
-
-        return plot_report(self, Path(path))
 
 
 def _masks_alone(dense: ModelMeasures, compressed: ModelMeasures) -> str | None:

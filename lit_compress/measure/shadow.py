@@ -1,4 +1,4 @@
-"""A stand-in for a model: the same structure and code, other tensors, nothing shared that runs.
+"""A stand-in for a model, to be measured: same structure and code, tensors of its own.
 
 Measuring must not change the model. ``copy.deepcopy`` would double the memory, fails on tensors
 that have a gradient history, and follows a LightningModule into its Trainer and data.

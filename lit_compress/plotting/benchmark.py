@@ -1,35 +1,38 @@
-"""The picture of a benchmark; the only file of this room that needs matplotlib."""
+"""Latency of exported files as bars: the figure of a `BenchmarkResult`."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lit_compress.deploy.benchmark_result import BenchmarkResult
+from lit_compress.deploy.benchmark_result import BenchmarkResult
+from lit_compress.plotting.figure import new_figure, save_figure
+
+__all__ = ["plot_benchmark"]
 
 _COLORS = ("#1f6feb", "#9aa5b1", "#2da44e", "#bf8700")
 
 
-def plot_benchmark(result: BenchmarkResult, path: Path) -> Path:
-    """Write the picture that `BenchmarkResult.plot` promises."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need the package matplotlib, which is not installed. Install it with "
-            "pip install 'lit-compress[report]'."
-        ) from error
+def plot_benchmark(result: BenchmarkResult, path: str | os.PathLike[str]) -> Path:
+    """Draw the latency of exported files: medians as bars with quartiles, a panel a batch size.
+
+    Args:
+        result: The times.
+        path: The PNG file to write; its folder is made if needed.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
     sizes = sorted({row.batch_size for row in result.rows})
     height = 1.2 + 0.45 * len(result.files) * len({row.num_threads for row in result.rows})
-    figure = Figure(figsize=(1.5 + 4.5 * len(sizes), height), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+    figure = new_figure(1.5 + 4.5 * len(sizes), height)
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         _draw(result, size, axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw(result: BenchmarkResult, batch_size: int, axes: Any) -> None:
@@ -58,4 +61,3 @@ def _draw(result: BenchmarkResult, batch_size: int, axes: Any) -> None:
     axes.set_xlabel("ms a call; bars: medians, lines: quartiles")
     axes.set_title(f"batch {batch_size}", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)

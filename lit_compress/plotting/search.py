@@ -1,14 +1,17 @@
-"""The picture of a ratio search; matplotlib is needed here only."""
+"""What a search kept, its rewards and its costs in three panels: the figure of a `SearchResult`."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lit_compress.search.search_result import Episode, SearchResult
+from lit_compress.plotting.figure import new_figure, save_figure
+from lit_compress.search.search_result import Episode, SearchResult
+
+__all__ = ["plot_search"]
 
 _MOST_NAMES = 60
 _DENSE = "#9aa5b1"
@@ -27,28 +30,29 @@ _LEGEND: dict[str, Any] = {"fontsize": 7, "framealpha": 0.8, "edgecolor": "none"
 _KEPT = {"channels": "channels kept, %", "sparsity": "weights kept, %", "bits": "bits"}
 
 
-def plot_search(result: SearchResult, path: Path) -> Path:
-    """Write the picture that `SearchResult.plot` promises."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need the package matplotlib, which is not installed. Install it with "
-            "pip install 'lit-compress[report]'."
-        ) from error
+def plot_search(result: SearchResult, path: str | os.PathLike[str]) -> Path:
+    """Draw a ratio search, after He et al. 2018 ("AMC", figures 2 and 3).
+
+    Three panels: how much the winner and the baselines keep of each layer; the reward by episode;
+    the metric against the budget's cost, or against the first cost where there is no budget.
+
+    Args:
+        result: The search; where no episode finished, the first panel says so.
+        path: The PNG file to write; its folder is made if needed.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
     width = min(max(11.0, 0.3 * len(result.decisions)), 22.0)
-    figure = Figure(figsize=(width, 8), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+    figure = new_figure(width, 8)
     panels = figure.subplot_mosaic([["layers", "layers"], ["rewards", "scores"]])
     _draw_layers(result, panels["layers"])
     _draw_rewards(result, panels["rewards"])
     _draw_scores(result, panels["scores"])
-    for axes in panels.values():
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_layers(result: SearchResult, axes: Any) -> None:

@@ -1,32 +1,45 @@
-"""The picture of a sensitivity analysis; the only file of this room that needs matplotlib."""
+"""Metrics against channels removed, a curve a group: the figure of a `SensitivityResult`."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lit_compress.search.sensitivity_result import SensitivityResult
+from lit_compress.plotting.figure import new_figure, save_figure
+from lit_compress.search.sensitivity_result import SensitivityResult
+
+__all__ = ["plot_sensitivity"]
 
 _MOST_NAMES = 24
 _BASELINE = "#9aa5b1"
 
 
-def plot_sensitivity(result: SensitivityResult, path: Path, metrics: Sequence[str]) -> Path:
-    """Write the picture that `SensitivityResult.plot` promises."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need the package matplotlib, which is not installed. Install it with "
-            "pip install 'lit-compress[report]'."
-        ) from error
+def plot_sensitivity(
+    result: SensitivityResult,
+    path: str | os.PathLike[str],
+    metrics: Sequence[str] | None = None,
+) -> Path:
+    """Draw the curves of a sensitivity analysis: a panel a metric, without and with tuning.
+
+    Args:
+        result: The analysis, complete or as far as a run has come.
+        path: The PNG file to write; its folder is made if needed.
+        metrics: Names of the metrics to draw; by default all.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If a metric was not logged.
+    """
+    metrics = metrics or result.metrics
+    for metric in metrics:
+        result.check_metric(metric)
     ways = (False, True) if result.is_tuned else (False,)
-    size = (1.5 + 5 * len(metrics), 0.8 + 4 * len(ways))
-    figure = Figure(figsize=size, layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
+    figure = new_figure(1.5 + 5 * len(metrics), 0.8 + 4 * len(ways))
     panels = figure.subplots(len(ways), len(metrics), squeeze=False, sharex=True, sharey="col")
     for row, tuned in zip(panels, ways, strict=True):
         for axes, metric in zip(row, metrics, strict=True):
@@ -34,9 +47,7 @@ def plot_sensitivity(result: SensitivityResult, path: Path, metrics: Sequence[st
     for axes in panels[-1]:
         axes.set_xlabel("channels removed from one group, %")
     _name_curves(result, figure, panels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw(result: SensitivityResult, metric: str, tuned: bool, axes: Any) -> None:
@@ -48,7 +59,6 @@ def _draw(result: SensitivityResult, metric: str, tuned: bool, axes: Any) -> Non
     axes.axhline(result.baseline.value(metric, tuned), color=_BASELINE, linewidth=1, zorder=0)
     axes.set_title(f"{metric}{' after tuning' if tuned else ''}", fontsize=10)
     axes.set_xlim(0, 100)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _name_curves(result: SensitivityResult, figure: Any, panels: Any) -> None:

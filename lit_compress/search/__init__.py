@@ -1,1 +1,1 @@
-"""Finding out how much of a model can go, by trying it on slim copies; no Lightning."""
+"""Search how much of each layer to keep, by trying it on slim copies; no Lightning."""

@@ -1,4 +1,4 @@
-"""The two networks of DDPG, small enough for the CPU, and how a slow copy follows a network."""
+"""The actor and the critic of DDPG, and soft updates of their targets."""
 
 from __future__ import annotations
 

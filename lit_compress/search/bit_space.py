@@ -1,4 +1,4 @@
-"""The bits of each layer's weights, as a problem and as networks."""
+"""The search space over bits of each layer's weights: the problem, and networks of choices."""
 
 from __future__ import annotations
 

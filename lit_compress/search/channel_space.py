@@ -1,4 +1,4 @@
-"""Channels kept in each group of coupled layers, as a problem and as networks."""
+"""The search space over channels of each group: the problem, and networks of choices."""
 
 from __future__ import annotations
 

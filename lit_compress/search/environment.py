@@ -1,4 +1,4 @@
-"""The walk of an agent through the layers: what it sees before each decision.
+"""The environment of an agent: a walk through the layers, with a state before each decision.
 
 He et al. 2018 ("AMC", section 3.1): a state describes the layer at hand (index, kind, sizes), what
 was saved before it, what can still be saved after it, and the last action that was carried out.

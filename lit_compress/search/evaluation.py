@@ -1,4 +1,4 @@
-"""What a choice is worth: its network scored, never twice, and not to the end where hopeless."""
+"""Evaluator: scores choices, remembers the scores, and stops hopeless choices early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measured times on disk, by the device that they were measured on."""
+"""A cache of measured times on disk, by device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times at a few sizes, and what they say of the sizes between."""
+"""Layer times at a grid of sizes, interpolated for the sizes between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the network of a plan takes, from times of its layers at other sizes.
+"""LatencyTable: the latency of any plan, from times of its layers at a grid of sizes.
 
 A latency that is measured anew for every candidate would be slow and noisy, and could not say in
 advance what is within a budget. So each layer is timed alone at a grid of sizes, and the time of a

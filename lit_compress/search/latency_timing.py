@@ -1,4 +1,4 @@
-"""Timing a network, its layers alone at other sizes, and what is left of the whole."""
+"""Time a network, its layers alone at other sizes, and the rest of the network."""
 
 from __future__ import annotations
 

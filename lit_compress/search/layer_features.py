@@ -1,4 +1,4 @@
-"""What an agent is told of a layer: AMC's description, scaled over the layers."""
+"""The features of a layer that an agent sees: AMC's, scaled over the layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a lower precision scores candidates faster, and ranks them as the full one does."""
+"""Decide whether a lower precision scores candidates faster and ranks them alike."""
 
 from __future__ import annotations
 

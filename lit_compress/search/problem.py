@@ -1,4 +1,4 @@
-"""What a ratio search decides on, and the budget that every finished choice meets.
+"""RatioProblem: the decisions of a search, their costs, and a budget that is always met.
 
 A problem knows nothing of networks: it is a table of decisions (channels kept, density, bits; one
 for each layer or group of coupled layers, in forward order) and of costs that never fall where a

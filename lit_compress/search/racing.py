@@ -1,4 +1,4 @@
-"""When a candidate can be given up before it was scored on all examples."""
+"""Racing: when to give up a candidate before it was scored on all examples."""
 
 from __future__ import annotations
 

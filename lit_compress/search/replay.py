@@ -1,4 +1,4 @@
-"""Steps of finished episodes, to be drawn in batches."""
+"""The replay buffer of DDPG: steps of finished episodes, sampled in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search maximises, and which episode wins."""
+"""Reward functions, and which episode wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search itself: ask, evaluate, tell, remember; interrupted at any moment, it goes on."""
+"""The search loop: ask, evaluate, tell; saved after each episode, so that it can resume."""
 
 from __future__ import annotations
 

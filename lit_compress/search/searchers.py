@@ -1,4 +1,4 @@
-"""Who proposes choices: rules of thumb, random search, sensitivities, DDPG; all by ask and tell."""
+"""Searchers by ask and tell: heuristics, random search, sensitivities, DDPG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each channel group matters: each alone is cut further and further.
+"""Sensitivity of each channel group: cut it alone, further and further, and evaluate.
 
 The curves are those of Li et al. 2017 ("Pruning Filters for Efficient ConvNets", section 3.2),
 there for single layers, here for groups of coupled layers, and on models that are physically slim,

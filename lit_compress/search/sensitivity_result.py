@@ -1,19 +1,17 @@
-"""What a sensitivity analysis found, as data, table, picture and plan."""
+"""The result of a sensitivity analysis, as data and tables; plans derived from it."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan, rounding_step
-from lit_compress.measure.saved import SavedAsJSON
 from lit_compress.measure.table import UNKNOWN, aligned
+from lit_compress.plain import SavedAsJSON
 from lit_compress.search.evaluation import Mode
 
 __all__ = ["SensitivityPoint", "SensitivityResult"]
@@ -89,7 +87,7 @@ class SensitivityResult(SavedAsJSON):
         Raises:
             ValueError: If there is no such group or metric, or no tuning.
         """
-        self._check_metric(metric, tuned)
+        self.check_metric(metric, tuned)
         found = next((g for g in self.groups if g.name == group), None)
         if found is None:
             raise ValueError(
@@ -138,7 +136,7 @@ class SensitivityResult(SavedAsJSON):
         if mode not in ("max", "min"):
             raise ValueError(f"mode is {mode!r}; expected 'max' or 'min'.")
         tuned = self.is_tuned if tuned is None else tuned
-        self._check_metric(metric, tuned)
+        self.check_metric(metric, tuned)
         sign = 1 if mode == "max" else -1
         ways = (False, True) if tuned else (False,)
         baseline = max(sign * self._known_baseline(metric, way) for way in ways)
@@ -189,7 +187,7 @@ class SensitivityResult(SavedAsJSON):
 
     def rows(self, metric: str, tuned: bool = False) -> list[list[str]]:
         """A table: the header (group, channels, ratios), the baseline, then the groups."""
-        self._check_metric(metric, tuned)
+        self.check_metric(metric, tuned)
         header = ["group", "channels", *(f"-{ratio:.0%}" for ratio in self.ratios)]
         rows = [header]
         for group in self.groups:
@@ -213,22 +211,25 @@ class SensitivityResult(SavedAsJSON):
         ways = (False, True) if self.is_tuned else (False,)
         return "\n\n".join(self.table(metric, way) for metric in self.metrics for way in ways)
 
-    def plot(self, path: str | os.PathLike[str], metrics: tuple[str, ...] | None = None) -> Path:
-        """Draw the curves as a PNG: a panel for each metric, without and with tuning.
+    def check_metric(self, metric: str, tuned: bool = False) -> None:
+        """Check that a metric was logged.
 
         Args:
-            path: The file.
-            metrics: Which metrics; by default all.
+            metric: The metric's name.
+            tuned: Whether it is asked for after tuning.
 
         Raises:
-            ModuleNotFoundError: If matplotlib is not installed.
-            ValueError: If a metric was not logged.
+            ValueError: If it was not logged, or nothing was tuned.
         """
-        from lit_compress.plotting.sensitivity import plot_sensitivity
-
-        for metric in metrics or ():
-            self._check_metric(metric, tuned=False)
-        return plot_sensitivity(self, Path(path), metrics or self.metrics)
+        if tuned and not self.is_tuned:
+            raise ValueError("nothing was tuned in this analysis; ask without tuning.")
+        if metric not in self.metrics:
+            near = difflib.get_close_matches(metric, self.metrics, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"the metric {metric!r} is not logged; those that are: "
+                f"{', '.join(map(repr, self.metrics))}.{hint}"
+            )
 
     def _known_baseline(self, metric: str, tuned: bool) -> float:
         value = self.baseline.value(metric, tuned)
@@ -255,14 +256,3 @@ class SensitivityResult(SavedAsJSON):
         if away > group.num_blocks / 2 + 1e-9 and kept[index] > group.num_blocks:
             return UNKNOWN
         return f"{points[index].value(metric, tuned):.4f}"
-
-    def _check_metric(self, metric: str, tuned: bool) -> None:
-        if tuned and not self.is_tuned:
-            raise ValueError("nothing was tuned in this analysis; ask without tuning.")
-        if metric not in self.metrics:
-            near = difflib.get_close_matches(metric, self.metrics, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"the metric {metric!r} is not logged; those that are: "
-                f"{', '.join(map(repr, self.metrics))}.{hint}"
-            )

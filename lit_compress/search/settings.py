@@ -1,4 +1,4 @@
-"""What a user says about a search: targets, candidates, scoring."""
+"""What a user declares about a search: targets, candidates, scoring."""
 
 from __future__ import annotations
 

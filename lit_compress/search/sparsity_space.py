@@ -1,4 +1,4 @@
-"""The density of each layer's weights, as a problem and as networks."""
+"""The search space over densities of layers: the problem, and networks of choices."""
 
 from __future__ import annotations
 

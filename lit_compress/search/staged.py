@@ -1,4 +1,4 @@
-"""A search in stages: each begins from the network that the stage before left, trained again.
+"""Search in stages: each starts from the network of the stage before, trained again.
 
 A network that loses nearly everything at once says little about which layers matter. So far-off
 targets are approached in steps, as He et al. 2018 ("AMC") prune ResNet-50 in four: search, bring

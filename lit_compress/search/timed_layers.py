@@ -1,4 +1,4 @@
-"""Convolutions and linear layers as a network calls them, to be timed alone at other sizes."""
+"""Convolutions and linear layers as a network calls them, to be timed at other sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where prepared data and trained weights are found, and how they are read."""
+"""Find prepared data and trained weights, and read them."""
 
 import lzma
 import os

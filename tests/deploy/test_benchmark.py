@@ -125,12 +125,6 @@ def test_json_and_back(tmp_path):
         BenchmarkResult.load(tmp_path / "other.json")
 
 
-def test_picture(tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = made().plot(tmp_path / "new" / "result.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_names_tell_files_apart():
     same = [Path("a/net.onnx"), Path("b/net.onnx"), Path("b/other.onnx")]
     assert list(_named(same)) == ["a/net.onnx", "b/net.onnx", "other.onnx"]

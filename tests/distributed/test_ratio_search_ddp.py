@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_compress import ChannelPruning, MagnitudeSparsity
 from lit_compress.callbacks.search import candidates as _search_candidates
+from lit_compress.callbacks.search import report as search_report
 from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings
 from tests.callbacks.search_fits import Small, episodes, fit, images, loader, search
@@ -98,7 +99,7 @@ def of(result):
 
 def main(folder: Path) -> None:
     os.chdir(folder)
-    SearchResult.plot = lambda self, path: path
+    search_report.plot_search = lambda result, path: path
     found, pruning = search(), ChannelPruning(plan="searched", reconstruct=True)
     module, run = in_two(found, pruning)
     weights = [p.tolist() for p in module.parameters()]
@@ -150,7 +151,7 @@ def main(folder: Path) -> None:
 
 
 def test_both_processes_find_one_result_and_share_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(SearchResult, "plot", lambda self, path: path)
+    monkeypatch.setattr(search_report, "plot_search", lambda result, path: path)
     for text in run_in_two_processes(__file__, tmp_path):
         assert text == str(dict.fromkeys(CHECKS, True))
     one = search(candidates=PLAIN)

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.search.problem import Decision
-from lit_compress.search.search_result import Episode, SearchResult
-from lit_compress.search.search_table import decision_rows, episode_rows, source_rows
+from lit_compress.search.search_result import (
+    Episode,
+    SearchResult,
+    decision_rows,
+    episode_rows,
+    source_rows,
+)
 
 DENSE = {"macs": 4e6, "num_params": 1000.0}
 CHANNELS = (Decision("stem", (8.0, 16.0), 16.0, (0.0, 0.5)), Decision("body", (8.0, 16.0), 32.0))

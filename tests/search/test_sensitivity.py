@@ -298,25 +298,6 @@ def test_other_files_are_refused(net, tmp_path):
         assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("tuned", [False, True])
-@pytest.mark.parametrize("count", [2, 30])
-def test_the_picture_has_a_panel_a_metric_and_way(tmp_path, tuned, count):
-    from matplotlib.image import imread
-
-    points = tuple(
-        SensitivityPoint(f"g{i}", 32, {"a": 0.5, "b": 1.0}, {"a": 0.6, "b": 2.0} if tuned else None)
-        for i in range(count)
-    )
-    groups = tuple(ChannelGroup(f"g{i}", 64) for i in range(count))
-    base = SensitivityPoint("", 64, {"a": 0.9, "b": 0.1}, {"a": 1, "b": 0} if tuned else None)
-    result = SensitivityResult(groups, (0.5,), base, points, {})
-    height, width = imread(result.plot(tmp_path / "all.png")).shape[:2]
-    assert (height > 800) == tuned
-    assert imread(result.plot(tmp_path / "one.png", ("a",))).shape[1] < width
-    with pytest.raises(ValueError, match="'c' is not logged"):
-        result.plot(tmp_path / "c.png", ("c",))
-
-
 # --- Refusals -------------------------------------------------------------------------------------
 
 

@@ -1,1 +1,1 @@
-"""Distillation during a fit."""
+"""Distillation during a fit: the callback, its training step, its objective and its teacher."""

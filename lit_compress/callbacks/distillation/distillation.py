@@ -1,4 +1,4 @@
-"""Train a LightningModule to follow a teacher, without touching its code."""
+"""Distillation, the callback that trains a LightningModule to follow a teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LightningModule's training step with the distillation losses added on the way out."""
+"""Wrap a LightningModule's training step so that its loss includes distillation."""
 
 from __future__ import annotations
 

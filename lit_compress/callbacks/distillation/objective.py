@@ -1,4 +1,4 @@
-"""What a distillation minimises: the task's loss, the teacher's logits, its features."""
+"""The distillation objective: the weighted sum of task loss, logit loss and feature losses."""
 
 from __future__ import annotations
 

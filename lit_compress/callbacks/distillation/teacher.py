@@ -1,4 +1,4 @@
-"""The teacher of a distillation: its weights from a file, its place, its answers."""
+"""The teacher of a distillation: a frozen network, and the file that holds its weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What knows Lightning's insides: network calls, the run's clock, processes, weight averages."""
+"""Everything that depends on Lightning's insides: network calls, run clock, processes, averages."""

@@ -1,4 +1,4 @@
-"""Wrap a method of one instance and take the wrapper off again without a trace."""
+"""Wrap a method of one instance, and remove the wrapper again without a trace."""
 
 from __future__ import annotations
 

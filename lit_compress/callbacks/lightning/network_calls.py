@@ -1,4 +1,4 @@
-"""Records what a network is called with and what it answers, layer features included."""
+"""Record a network's inputs, outputs and layer features while it trains."""
 
 from __future__ import annotations
 

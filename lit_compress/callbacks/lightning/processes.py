@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, do together, or leave to the first of them."""
+"""Share values and work among the processes of a run: agree, sum, or run in the first one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run must meet for our callbacks to work; refusals that several of them share."""
+"""Checks that several callbacks share: strategy, launcher, compilation, NaN loss, checkpoint."""
 
 from __future__ import annotations
 

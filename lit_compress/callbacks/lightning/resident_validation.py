@@ -1,4 +1,4 @@
-"""The user's own validation, run on other networks and on batches that stay in memory.
+"""Run the user's validation on other networks, on batches that stay in memory.
 
 A search evaluates hundreds of slim copies. ``Trainer.validate`` would load and decode the data each
 time and cannot run inside a fit; here ``validation_step`` is called on batches recorded once, and

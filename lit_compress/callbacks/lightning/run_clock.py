@@ -1,4 +1,4 @@
-"""Where a run stands and how long it is, in optimizer steps or in epochs."""
+"""The current moment and the length of a run, in optimizer steps or in epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module has become, its cuts and quantizers: into every checkpoint, and back out of it."""
+"""Save a module's cuts and quantizers in every checkpoint, and restore them from it."""
 
 from __future__ import annotations
 

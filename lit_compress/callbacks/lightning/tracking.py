@@ -1,4 +1,4 @@
-"""Logging that suits every Lightning logger, and more of it where the logger is W&B's.
+"""Log tables, images and artifacts to any Lightning logger, in more detail to W&B.
 
 ``wandb`` is imported by Lightning when its logger is made; nothing here imports it without one.
 """

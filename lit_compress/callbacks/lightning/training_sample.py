@@ -1,4 +1,4 @@
-"""A few training batches for calibration, and what the network is called with on them."""
+"""Draw a few training batches for calibration, with the network's inputs on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's validation at the end of a fit, where ``Trainer.validate`` cannot be called."""
+"""Run the user's validation at the end of a fit, where ``Trainer.validate`` cannot be called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning's weight-averaging callbacks, and how to be there when they update their average."""
+"""Find Lightning's weight-averaging callbacks, and act when they update their averages."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Channel pruning during a fit."""
+"""Channel pruning during a fit: the callback, its plan, its scores and the cut."""

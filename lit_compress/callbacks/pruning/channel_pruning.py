@@ -1,4 +1,4 @@
-"""Channels removed for real while the model trains, on an unmodified LightningModule."""
+"""ChannelPruning, the callback that removes channels while the model trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a network's channels in the middle of a fit, the same in every process."""
+"""Score the importance of channels during a fit, the same in every process."""
 
 from __future__ import annotations
 

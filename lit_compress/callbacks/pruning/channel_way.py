@@ -1,4 +1,4 @@
-"""The way of a network from dense to what is to be left of it, found out in the middle of a fit."""
+"""Find the channels of a network and make its pruning plan during a fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One cut in the middle of a fit: everything that knows the shapes follows."""
+"""Cut channels during a fit: optimizers, averages and all else that knows the shapes follow."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Quantization during and after a fit."""
+"""Quantization during a fit (quantization-aware training) and after it (post-training)."""

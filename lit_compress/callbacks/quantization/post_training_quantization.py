@@ -1,4 +1,4 @@
-"""Quantization of a network when its training has ended, on an unmodified LightningModule."""
+"""PostTrainingQuantization, the callback that quantizes the network when training has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the quantization of a trained network cost and saved, as a table."""
+"""PostTrainingResult: validation and size before and after quantization, as data and as a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training with the rounding of integers in place, on an unmodified LightningModule."""
+"""QuantizationAwareTraining, the callback that trains a network with fake quantization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When what happens in quantization-aware training: as declared, and in one run."""
+"""When quantization-aware training rounds and freezes: as declared, resolved for one run."""
 
 from __future__ import annotations
 

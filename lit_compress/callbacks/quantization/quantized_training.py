@@ -1,4 +1,4 @@
-"""A network that trains with quantizers: they come, follow a plan, and its averages follow them."""
+"""Prepare a network with quantizers in a fit, and switch modes and bits as the plan says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantizers that come and change in a fit: optimizers, averages and cuts follow."""
+"""Quantizers during a fit: calibration, optimizers, averages, processes and batch norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The candidates of a search in the middle of a fit: which space, made of which network."""
+"""Build the search space of a fit, and the networks of its choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of each layer to keep, found before training begins."""
+"""RatioSearch, the callback that finds how much of each layer to keep, before training."""
 
 from __future__ import annotations
 

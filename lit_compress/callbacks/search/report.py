@@ -1,4 +1,4 @@
-"""What is shown, written and logged of a search."""
+"""Show the progress of a search; print, save and log its result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_compress.callbacks.lightning import tracking
 from lit_compress.callbacks.search.searched import found_bits, found_sparsities
 from lit_compress.files import write_text
-from lit_compress.search.search_result import Episode, SearchResult
-from lit_compress.search.search_table import episode_rows
+from lit_compress.plotting import plot_search
+from lit_compress.search.search_result import Episode, SearchResult, episode_rows
 
 __all__ = ["SearchProgress", "report_search", "save_solution"]
 
@@ -87,7 +87,7 @@ def report_search(trainer: pl.Trainer, result: SearchResult, folder: Path) -> No
     files = [result.save(folder / "search.json"), solution]
     pictures = []
     try:
-        pictures.append(result.plot(folder / "search.png"))
+        pictures.append(plot_search(result, folder / "search.png"))
     except ModuleNotFoundError as error:
         rank_zero_warn(f"RatioSearch: no picture was drawn: {error}")
     rows = [

@@ -1,4 +1,4 @@
-"""The user's validation metric as the score of a search: on resident examples, batch by batch."""
+"""Score networks by the user's validation metric, batch by batch on examples in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search found, handed to the callbacks that wait for it."""
+"""Hand what a search found to the callbacks that were told to wait for it."""
 
 from __future__ import annotations
 

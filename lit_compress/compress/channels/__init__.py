@@ -1,1 +1,1 @@
-"""Structural pruning: coupled channels found, planned for, scored, removed and made up for."""
+"""Structural pruning: find coupled channels, score them, plan, cut, and reconstruct weights."""

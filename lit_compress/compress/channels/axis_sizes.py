@@ -1,4 +1,4 @@
-"""The sizes of axes as a function of the channels that groups keep."""
+"""The sizes of tensor axes as a function of the channels that groups keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan that meets a target: multiply-adds, parameters, bytes, milliseconds."""
+"""Find the plan that meets a target of MACs, parameters, bytes or milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan costs: multiply-adds, parameters or bytes of the model that it leaves."""
+"""The costs of a plan: MACs, parameters or bytes of the model that it leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels removed for real: smaller parameters, buffers, gradients and optimizer state."""
+"""Remove channels: smaller parameters, buffers, gradients and optimizer state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What channel pruning is to reach, as a user declares it, and the plan that it becomes."""
+"""ChannelGoal: what channel pruning should reach, as a user declares it, and the plan for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From ties to groups: which classes of atoms are channels, and which of them go together."""
+"""Make channel groups from ties: which atoms are channels, and which channels form a group."""
 
 from __future__ import annotations
 

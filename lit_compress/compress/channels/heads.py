@@ -1,4 +1,4 @@
-"""Attention whose code takes the width of its heads from the width of its input.
+"""Tie the channels of attention whose code takes the width of its heads from its input.
 
 Code such as ``x.view(batch, length, heads, width // heads)`` holds a tie that no operator shows:
 queries, keys and values have to be as wide as what they are made of. There the residual width, the

@@ -1,4 +1,4 @@
-"""How much each channel matters: one score a channel, and higher stays.
+"""Channel importance: one score for each channel; those with the highest scores stay.
 
 A channel that several layers make together (a residual sum, a depthwise convolution behind it) has
 one score for all of them.

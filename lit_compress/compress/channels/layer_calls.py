@@ -1,4 +1,4 @@
-"""Watching some layers of a model while it runs a batch."""
+"""Watch the inputs and outputs of some layers while a model runs a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Least squares from sums that are gathered once and solved for any part of the inputs.
+"""Least squares by normal equations: sums gathered once, solved for any part of the inputs.
 
 Channel pruning solves the same regression again and again with other input channels left, and
 sparsity with other weights left. The sums ``X^T X`` and ``X^T Y`` hold all that is needed, and no

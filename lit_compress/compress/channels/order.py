@@ -1,4 +1,4 @@
-"""In which order channels leave a model, and the plans that come of it.
+"""The order in which groups give up channels, and the nested plans that follow from it.
 
 Every rule for sharing a pruning ratio among the groups (the same ratio for all, given ratios,
 global ranking) is an order in which the groups give up channels, one rounding step at a time. The

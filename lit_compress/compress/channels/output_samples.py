@@ -1,4 +1,4 @@
-"""Random output positions of a layer, and what the layer reads there."""
+"""Sample random output positions of a layer, with the inputs that it reads there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pull towards zero on the channels that are about to go, so that less is lost when they do."""
+"""ChannelPenalty: pull channels towards zero before they are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many channels each group keeps, as integers, and which channels those are.
+"""ChannelPlan: how many channels each group keeps; which channels those are.
 
 A :class:`ChannelPlan` is data: it is made once (from a ratio, by ranking, for a target, by a
 search), written as JSON, read by people, and carried out by a cut.

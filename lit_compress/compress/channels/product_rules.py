@@ -1,4 +1,4 @@
-"""How products tie channels together: matrix products, convolutions, lookups and attention."""
+"""Tracing rules for products: matrix products, convolutions, lookups and attention."""
 
 from __future__ import annotations
 

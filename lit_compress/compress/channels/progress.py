@@ -1,4 +1,4 @@
-"""The stateful twin of a plan: how far a model is on its way to it."""
+"""ChannelProgress: how far a model is on the way from dense to its plan."""
 
 from __future__ import annotations
 

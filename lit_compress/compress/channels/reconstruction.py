@@ -1,4 +1,4 @@
-"""Weights that make up for removed channels, by least squares.
+"""Reconstruct weights after a cut by least squares, to make up for the removed channels.
 
 After a cut, every layer that read removed channels gets the weights with which its output, from the
 channels that are left, is nearest to what it was in the dense model (He et al. 2017, "Channel

@@ -1,4 +1,4 @@
-"""How each of torch's core operators ties channels together.
+"""Tracing rules: how each of torch's core operators ties channels together.
 
 One small rule an operator or family of operators. A rule gets the operator's arguments and its
 result and says what the result's labels are. An operator without a rule pins every channel that it

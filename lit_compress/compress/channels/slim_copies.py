@@ -1,4 +1,4 @@
-"""Slim copies of one dense network, hundreds of them, each with weights by least squares.
+"""Hundreds of slim copies of one dense network, each with weights by least squares.
 
 A search asks for many ways to cut the same network. What does not depend on the cut is done once:
 channels are ranked, and the sums of each layer's regression (its dense outputs on its dense inputs)

@@ -1,4 +1,4 @@
-"""What calibration batches tell about each channel: gradients and activations.
+"""Measure gradients and activations of each channel on calibration batches.
 
 The results are one number a channel, so that ranks of a distributed run can average them and then
 all decide alike. :func:`~lit_compress.compress.channels.importance.channel_importance` takes them

@@ -1,4 +1,4 @@
-"""Which indices of which tensors stand and fall together: a union-find over channel atoms.
+"""Union-find over channel atoms: which indices of which tensors are removed only together.
 
 Every index of every axis of every parameter begins as an *atom* of its own. Running the model ties
 atoms together (a sum ties the channels of its operands), pins some down (what reaches the output

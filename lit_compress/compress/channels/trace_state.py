@@ -1,4 +1,4 @@
-"""What the rules for operators read and write while a model runs, and how they are registered."""
+"""The state of a trace that operator rules read and write, and the registry of the rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the coupled channels of a model by running it.
+"""Find the coupled channels of a model by running it.
 
 Below autograd, every operator that runs is looked at once, in evaluation and in training mode, and
 the indices that have to stand or fall together are tied. So it does not matter how a model is

@@ -1,4 +1,4 @@
-"""Cuts that are tried out: a model loses channels for one run, and gets them back."""
+"""Try out cuts: remove channels for one run, restore them, and keep the groups that ran."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Clustering: tensors of few distinct values, and parameters that train as clusters."""
+"""Weight clustering: k-means on one weight, and parameters that train with few distinct values."""

@@ -1,4 +1,4 @@
-"""The stateful twin of :mod:`lit_compress.compress.clustering.kmeans`: parameters of few values."""
+"""Parameters with few distinct values that train as clusters: the stateful twin of ``kmeans``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight clustering: a tensor with few distinct values in place of many (k-means)."""
+"""k-means on one weight: a tensor with few distinct values in place of many."""
 
 from __future__ import annotations
 

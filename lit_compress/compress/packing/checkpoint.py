@@ -1,4 +1,4 @@
-"""Checkpoints in packed files: quantized weights as the integers that they are."""
+"""Packed checkpoints: quantized weights stored as the integers that they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed files: a state dict in as few bytes as its values need, read back bit by bit.
+"""Packed files: write a state dict in as few bytes as its values need, and read it back.
 
 The size of a clustered, sparse or quantized model is the size of such a file. ``torch.save`` writes
 it: a line that says what it is, and one tensor of bytes in the xz format, which Python reads by

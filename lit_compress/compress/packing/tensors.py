@@ -1,4 +1,4 @@
-"""What a packed file can hold: kinds of tensors, and small integers in as few bits as they need."""
+"""The encodings of a packed file (raw, clustered, sparse, integers) and packing of bits."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Quantization: ranges, integers, and networks that compute with them."""
+"""Quantization: scales and ranges, quantizers on a network, integer arithmetic for export."""

@@ -1,4 +1,4 @@
-"""Integers for real numbers: ``x ~ (q - zero_point) * scale``, and its gradients."""
+"""Affine quantization, ``x ~ (q - zero_point) * scale``, and its gradients."""
 
 from __future__ import annotations
 

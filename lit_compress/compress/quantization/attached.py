@@ -1,4 +1,4 @@
-"""All quantizers of a network, and how its forward runs through them."""
+"""Quantization, the child module that holds all quantizers of a network."""
 
 from __future__ import annotations
 

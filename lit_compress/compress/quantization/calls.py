@@ -1,4 +1,4 @@
-"""What a network computes, call by call, seen and changed while its own forward runs.
+"""Record or change each call of a torch function that a network makes in its own forward.
 
 Torch's functions are intercepted where Python calls them, above autograd, so that a network needs
 no export: modules, hooks, training mode, mixed precision and control flow work as they always do.

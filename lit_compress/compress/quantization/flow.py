@@ -1,4 +1,4 @@
-"""What computes with integers in a network, and what runtimes fuse into one kernel."""
+"""The data flow of a traced network: which calls run in integers and which are fused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sigmoids and what multiplies by them, as integers compute them.
+"""Sigmoid, SiLU and hardswish with quantized gates, as integer kernels compute them.
 
 SiLU is ``x * sigmoid(x)``, hardswish ``x * clip(x / 6 + 1 / 2, 0, 1)``. Runtimes have fast integer
 kernels for products, sums and tables of sigmoids, not for these as a whole, so that the gate

@@ -1,4 +1,4 @@
-"""Which part of a histogram a grid should cover: three answers.
+"""Choose the range of a grid from a histogram: three methods.
 
 A histogram here is a vector of counts of equal bins between two ends; values count as spread evenly
 over their bin. All of it is computed on the CPU in float64, whatever the counts are.

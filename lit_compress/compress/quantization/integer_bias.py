@@ -1,4 +1,4 @@
-"""Biases as integer kernels add them: whole multiples of input scale times weight scale."""
+"""Biases as int32, in multiples of input scale times weight scale; batch norms folded in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of a quantized network as integers, with their batch norms in them."""
+"""The layers of a quantized network as integer weights, with batch norms folded in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A quantized network written with integers, as each runtime reads it."""
+"""Rewrite a quantized network in integer arithmetic, as each runtime reads it."""
 
 from __future__ import annotations
 

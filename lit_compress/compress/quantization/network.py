@@ -1,4 +1,4 @@
-"""Networks that compute as if with integers, and are otherwise what they were."""
+"""Attach quantizers to a network and remove them: prepare, record, attach, remove."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a network are quantized.
+"""Decide which tensors of a network are quantized.
 
 Integer kernels take integers and give integers, so each layer needs its input, its weight and the
 end of what is fused into it (batch norm, ReLU) on a grid, and nothing in between. The rules are

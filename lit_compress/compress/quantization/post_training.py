@@ -1,4 +1,4 @@
-"""Quantization of a trained network in one step, by the method that a user declares."""
+"""Quantize a trained network in one call, by the method that a user declares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that put one tensor of a network on a grid of integers, with their state."""
+"""Quantizers: modules that fake-quantize one tensor, with scale and zero point as state."""
 
 from __future__ import annotations
 

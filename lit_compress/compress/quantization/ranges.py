@@ -1,4 +1,4 @@
-"""How far values reach: observers of activations."""
+"""Range observers for activations."""
 
 from __future__ import annotations
 

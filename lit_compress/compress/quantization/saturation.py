@@ -1,4 +1,4 @@
-"""Weights of which no two products together overflow 16 bits.
+"""Weight scales with which no two int8 products together overflow 16 bits.
 
 x86 without VNNI multiplies uint8 activations by int8 weights with ``vpmaddubsw``: the products of
 two neighbouring weights are added in int16, which saturates. ONNX Runtime (MLAS), oneDNN (OpenVINO,

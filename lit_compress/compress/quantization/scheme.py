@@ -1,4 +1,4 @@
-"""What a user declares about quantization."""
+"""QuantizationScheme: the bits, ranges and layers that a user declares."""
 
 from __future__ import annotations
 

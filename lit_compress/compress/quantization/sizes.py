@@ -1,4 +1,4 @@
-"""Bytes that the tensors of a quantized network need."""
+"""The bytes of a quantized network, each number at the bits that it has."""
 
 from __future__ import annotations
 

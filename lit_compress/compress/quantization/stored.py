@@ -1,4 +1,4 @@
-"""Quantized networks in checkpoints: what there is to know besides the tensors."""
+"""Save quantized networks in checkpoints, and restore them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When what happens in quantization-aware training."""
+"""QuantizationPlan: the steps at which rounding starts and statistics and ranges freeze."""
 
 from __future__ import annotations
 

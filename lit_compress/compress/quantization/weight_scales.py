@@ -1,4 +1,4 @@
-"""Scales of weights by least squares."""
+"""The scale of each channel with the least squared rounding error of its weights."""
 
 from __future__ import annotations
 

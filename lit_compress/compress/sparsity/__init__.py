@@ -1,1 +1,1 @@
-"""Sparsity: how many weights go, which, and parameters with their masks."""
+"""Sparsity: how many weights are removed and which, patterns, and parameters with masks."""

@@ -1,4 +1,4 @@
-"""Sparse copies of one dense network, hundreds of them, each with weights by least squares.
+"""Hundreds of sparse copies of one dense network, each with weights by least squares.
 
 A search asks for many ways to share zeros among the layers of the same network. Which weights of a
 layer go depends on its own density only, and since each layer is to give its dense outputs for its

@@ -1,4 +1,4 @@
-"""Magnitude sparsity: how many weights go in each layer, and which.
+"""Magnitude sparsity: how many weights of each layer become zero, and which.
 
 Counts are exact. ``round(sparsity * N)`` units of N become zero, whatever the ties; the layers'
 shares are whole numbers that add up to the total.

@@ -1,4 +1,4 @@
-"""The stateful twin of :mod:`~lit_compress.compress.sparsity.magnitude`: parameters with masks."""
+"""Parameters with masks: the stateful twin of ``magnitude``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparsity patterns: what is removed together, and what must stay.
+"""Sparsity patterns: single weights, n:m and blocks, as units that are removed together.
 
 A pattern turns a weight into *units* with a score each. The selection of units is the same for all
 patterns (the smallest scores go); the pattern then expands the kept units to a mask over weights.

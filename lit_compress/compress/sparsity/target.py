@@ -1,4 +1,4 @@
-"""What a sparse model is to reach, and how much of it is due at each moment."""
+"""SparsityTarget: initial and final sparsity, and how much is due at each moment."""
 
 from __future__ import annotations
 

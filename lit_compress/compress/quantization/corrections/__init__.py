@@ -1,1 +1,1 @@
-"""What makes up for few bits in a network that is quantized after training."""
+"""Corrections after training: equalization, adaptive rounding and bias correction."""

@@ -1,4 +1,4 @@
-"""What rounding moves on average, taken back by biases.
+"""Bias correction: remove the shift that rounding causes in the mean of a layer's outputs.
 
 Rounded weights and inputs give a layer's outputs another mean, and a mean that is off is worse than
 noise, as nothing averages it out. A bias can take it back (Nagel et al. 2019, "Data-Free

@@ -1,4 +1,4 @@
-"""Layers between which a positive factor for each channel changes nothing."""
+"""Find layers between which each channel can be scaled without changing the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels of a float network balanced against the next layer's weights, before it is quantized.
+"""Cross-layer equalization: balance the channels of a float network before it is quantized.
 
 A layer and the one that reads it may share a positive factor for each channel between them: ReLU
 lets it pass, so the function stays the same while ranges change (Nagel et al. 2019, "Data-Free

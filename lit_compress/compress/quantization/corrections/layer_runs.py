@@ -1,4 +1,4 @@
-"""Quantized networks run with and without rounding, layer by layer under the eyes of a caller."""
+"""Run a quantized network with and without rounding, with a handle called at each layer."""
 
 from __future__ import annotations
 

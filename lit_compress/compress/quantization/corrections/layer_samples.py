@@ -1,4 +1,4 @@
-"""What a layer reads and gives at some positions, in the quantized and in the float network."""
+"""Sample the inputs and outputs of a layer in the quantized and in the float network."""
 
 from __future__ import annotations
 

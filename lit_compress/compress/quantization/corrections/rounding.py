@@ -1,4 +1,4 @@
-"""Weights rounded up or down as it suits their layer's output, not each one to the nearest.
+"""AdaRound: learn for each weight whether to round up or down, by its layer's output.
 
 AdaRound (Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization"): for
 one layer after the other, each weight learns how far it goes from the integer below to the one

@@ -1,4 +1,4 @@
-"""Rounding as something that can be learned: a number between down and up for each weight."""
+"""Learnable rounding: for each weight a number between down and up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks in another number format: half precision, fixed point, torchao's linear layers.
+"""Convert a network to half precision, fixed point or torchao's linear layers, with a record.
 
 Quantizers are a child module and bring their own record; these formats leave nothing in a network
 by which they could be told again. So the network keeps its record, as plain data in its

@@ -1,4 +1,4 @@
-"""Networks whose parameters, running statistics and activations are rounded to fixed point.
+"""Simulate fixed point in float32: parameters, running statistics and activations.
 
 Sums and products stay in float32. That tells how many bits a chip with such numbers needs, and
 costs accuracy only: nothing gets smaller or faster by it.

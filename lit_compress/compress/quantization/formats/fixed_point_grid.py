@@ -1,4 +1,4 @@
-"""Fixed-point numbers and their relatives: what a few bits can stand for, in plain float32.
+"""Fixed-point and related number formats: round float32 to the values of a few bits.
 
 Four kinds of numbers, ``x`` a value and ``v`` the greatest magnitude that must fit:
 

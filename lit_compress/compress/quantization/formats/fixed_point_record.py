@@ -1,4 +1,4 @@
-"""What is rounded to fixed point in a network: as a user asks for it, and as it was done."""
+"""FixedPoint, the user's settings, and the record of what was rounded in a network."""
 
 from __future__ import annotations
 

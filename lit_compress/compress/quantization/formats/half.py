@@ -1,4 +1,4 @@
-"""Networks in float16 or bfloat16 that still take and give float32.
+"""Convert networks to float16 or bfloat16 that still take and give float32.
 
 Half the size. Speed is another matter: on the CPU bfloat16 is up to 4 times as fast as float32
 where the processor has instructions for it and the layers are wide, and float16 is 4 to 28 times

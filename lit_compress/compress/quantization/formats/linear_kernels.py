@@ -1,4 +1,4 @@
-"""Linear layers on torchao's integer kernels: int8 dynamic, int8 and int4 weights only.
+"""Put linear layers on torchao's integer kernels: int8 dynamic, int8 and int4 weights only.
 
 The layers stay ``nn.Linear`` under their names; each weight becomes one of torchao's tensors, which
 brings its own matrix product. This is the only file that knows torchao.

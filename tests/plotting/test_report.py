@@ -1,5 +1,7 @@
-import builtins
+"""The figures of a report: two files, their names and their sizes."""
+
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from torch import nn
 
 from lit_compress.measure.measures import measure_model
 from lit_compress.measure.report import CompressionReport
+from lit_compress.plotting import plot_report
 
 
 def report(layers: int = 2, metrics: bool = True) -> CompressionReport:
@@ -25,39 +28,32 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def test_a_folder_gets_two_pictures(tmp_path: Path) -> None:
-    written = report().plot(tmp_path / "new" / "plots")
+    written = plot_report(report(), tmp_path / "new" / "plots")
     assert [path.name for path in written] == ["summary.png", "layers.png"]
     assert [path.parent for path in written] == [tmp_path / "new" / "plots"] * 2
     assert png_size(written[0]) == (1200, 480)
 
 
 def test_a_file_name_gives_the_names(tmp_path: Path) -> None:
-    written = report(metrics=False).plot(tmp_path / "run.png")
+    written = plot_report(report(metrics=False), tmp_path / "run.png")
     assert [path.name for path in written] == ["run-summary.png", "run-layers.png"]
     assert png_size(written[0])[0] < 1200  # no panel for metrics
 
 
 def test_more_layers_make_a_taller_picture_up_to_a_limit(tmp_path: Path) -> None:
-    heights = [png_size(report(n).plot(tmp_path / str(n))[1])[1] for n in (20, 40, 90)]
+    heights = [png_size(plot_report(report(n), tmp_path / str(n))[1])[1] for n in (20, 40, 90)]
     assert heights[0] < heights[1] < heights[2] <= 1600
 
 
 def test_without_weights_there_is_still_a_picture(tmp_path: Path) -> None:
     measures = measure_model(nn.ReLU())
-    assert png_size(CompressionReport(measures, measures).plot(tmp_path)[1])[0] > 0
+    assert png_size(plot_report(CompressionReport(measures, measures), tmp_path)[1])[0] > 0
 
 
-def test_without_matplotlib_the_error_says_how_to_get_it(
+def test_without_matplotlib_nothing_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_import = builtins.__import__
-
-    def refuse(name: str, *args: object, **kwargs: object) -> object:
-        if name.startswith("matplotlib"):
-            raise ModuleNotFoundError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lit-compress\[report\]'"):
-        report().plot(tmp_path / "plots")
+        plot_report(report(), tmp_path / "plots")
     assert not (tmp_path / "plots").exists()

@@ -26,6 +26,7 @@ from lit_compress import (
     QuantizationAwareTraining,
 )
 from lit_compress.callbacks.search import candidates as _search_candidates
+from lit_compress.callbacks.search import report as search_report
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.quantization.sizes import stored_bytes
 from lit_compress.measure import count_macs, count_params
@@ -47,13 +48,13 @@ from tests.callbacks.search_fits import (
 ONE = (torch.zeros(1, 1, 6, 6),)
 WEIGHTS = {"0": 108, "3": 1728, "9": 256}
 DENSE = Small().model
-PLOT = SearchResult.plot
+PLOT = search_report.plot_search
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """Drawing takes longer than all else; one test does it."""
-    monkeypatch.setattr(SearchResult, "plot", lambda self, path: Path(path))
+    monkeypatch.setattr(search_report, "plot_search", lambda result, path: path)
 
 
 # --- What is found --------------------------------------------------------------------------------
@@ -410,7 +411,7 @@ def test_ctrl_c_ends_the_search_with_the_best_so_far_and_the_fit_goes_on():
 
 
 def test_every_episode_is_logged_and_files_are_written(monkeypatch):
-    monkeypatch.setattr(SearchResult, "plot", PLOT)
+    monkeypatch.setattr(search_report, "plot_search", PLOT)
     found = search(folder="found")
     fit(found, logger=CSVLogger(".", name="log", version=0), max_epochs=0)
     rows = logged("log/version_0")
@@ -478,7 +479,7 @@ class Recorder(WandbLogger):
 
 def test_wandb_gets_rows_table_picture_and_artifact(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Artifact=Artifact))
-    monkeypatch.setattr(SearchResult, "plot", PLOT)
+    monkeypatch.setattr(search_report, "plot_search", PLOT)
     logger, found = Recorder(), search(folder="found")
     fit(found, logger=logger, max_epochs=0)
     assert [step for _, step in logger.metrics] == [None] * 4

@@ -12,9 +12,9 @@ from lit_compress import (
     QuantizationAwareTraining,
     Schedule,
 )
+from lit_compress.callbacks.search import report as search_report
 from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.evaluation import Evaluator
-from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings
 from tests.callbacks.nets import trainer
 from tests.callbacks.quantized_fits import same_state
@@ -26,7 +26,7 @@ ROUNDS = Schedule("linear", begin=0, end=12, update_every=6)
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(SearchResult, "plot", lambda self, path: path)
+    monkeypatch.setattr(search_report, "plot_search", lambda result, path: path)
 
 
 @pytest.fixture

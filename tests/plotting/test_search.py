@@ -1,14 +1,13 @@
-"""The picture of a search: drawn from every kind of result, with all that it promises."""
+"""The figure of a search: drawn from every kind of result, with all that it promises."""
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_compress.plotting.search import plot_search
+from lit_compress.plotting import plot_search
 from lit_compress.search.problem import Decision
 from lit_compress.search.search_result import Episode, SearchResult
 
@@ -63,7 +62,7 @@ def labels(axes: Any) -> list[str]:
 def test_three_panels_show_what_was_found(tmp_path: Path, figures: list[Any]):
     from matplotlib.image import imread
 
-    path = searched().plot(tmp_path / "new" / "search.png")
+    path = plot_search(searched(), tmp_path / "new" / "search.png")
     assert path == tmp_path / "new" / "search.png"
     pixels = imread(path)[..., :3]
     assert pixels.shape[1] > 1000
@@ -89,7 +88,7 @@ def test_three_panels_show_what_was_found(tmp_path: Path, figures: list[Any]):
 
 
 def test_given_up_episodes_are_faint(tmp_path: Path, figures: list[Any]):
-    searched().plot(tmp_path / "search.png")
+    plot_search(searched(), tmp_path / "search.png")
     for axes in figures[0].axes[1:]:
         faint = [dots for dots in axes.collections if dots.get_alpha() < 0.5]
         assert [len(dots.get_offsets()) for dots in faint] == [1]
@@ -98,7 +97,7 @@ def test_given_up_episodes_are_faint(tmp_path: Path, figures: list[Any]):
 
 
 def test_the_winner_is_not_drawn_twice(tmp_path: Path, figures: list[Any]):
-    searched(best=1).plot(tmp_path / "search.png")
+    plot_search(searched(best=1), tmp_path / "search.png")
     assert sorted(labels(figures[0].axes[0])) == ["shallow", "the winner (deep)", "uniform"]
 
 
@@ -106,16 +105,15 @@ def test_a_winner_with_less_reward_than_its_source_is_marked_too(
     tmp_path: Path, figures: list[Any]
 ):
     """As where the cheapest within a tolerance wins."""
-    searched(best=3).plot(tmp_path / "search.png")
+    plot_search(searched(best=3), tmp_path / "search.png")
     marks = {line.get_label(): line for line in figures[0].axes[2].lines}
     assert marks["ddpg, the winner"].get_xydata()[0] == pytest.approx([40.0, 0.3])
     assert marks["ddpg"].get_xydata()[0] == pytest.approx([50.0, 0.4])
 
 
 def test_bits_are_drawn_as_bits(tmp_path: Path, figures: list[Any]):
-    searched(space="bits", decisions=tuple(Decision(n, (2.0, 3.0, 4.0), 8.0) for n in "abc")).plot(
-        tmp_path / "search.png"
-    )
+    decisions = tuple(Decision(n, (2.0, 3.0, 4.0), 8.0) for n in "abc")
+    plot_search(searched(space="bits", decisions=decisions), tmp_path / "search.png")
     layers = figures[0].axes[0]
     assert [bar.get_height() for bar in layers.patches] == [4.0] * 3
     assert layers.get_ylabel() == "bits"
@@ -133,7 +131,7 @@ def test_bits_are_drawn_as_bits(tmp_path: Path, figures: list[Any]):
     ],
 )
 def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Any], changes: dict[str, Any]):
-    assert searched(**changes).plot(tmp_path / "search.png").stat().st_size > 10_000
+    assert plot_search(searched(**changes), tmp_path / "search.png").stat().st_size > 10_000
     layers, _, scores = figures[0].axes
     if changes.get("best", 0) is None:
         assert [text.get_text() for text in layers.texts] == ["no episode finished"]
@@ -143,19 +141,6 @@ def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Any], changes
 
 
 def test_many_layers_go_without_names(tmp_path: Path, figures: list[Any]):
-    searched(70).plot(tmp_path / "search.png")
+    plot_search(searched(70), tmp_path / "search.png")
     assert figures[0].axes[0].get_xlabel() == "layer, in forward order"
     assert figures[0].get_size_inches()[0] > 20
-
-
-def test_drawing_leaves_pyplot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
-    assert plot_search(searched(), tmp_path / "search.png").is_file()
-
-
-def test_without_matplotlib_the_error_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lit-compress\[report\]'"):
-        searched().plot(tmp_path / "search.png")

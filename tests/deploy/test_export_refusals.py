@@ -53,7 +53,7 @@ def test_an_unknown_operator_is_placed(target, tmp_path):
 @ANY_BATCH
 def test_code_that_cannot_be_traced_is_placed(target, tmp_path):
     pytest.importorskip(MODULES[target])
-    said = r"That is in 'middle\.1' \(Branching\), test_refusals\.py:\d+ \(return x if float"
+    said = r"That is in 'middle\.1' \(Branching\), test_export_refusals\.py:\d+ \(return x if float"
     with pytest.raises(ExportError, match=said):
         export(Around(Branching()), target, tmp_path / "net", images())
 
@@ -165,7 +165,7 @@ def test_who_fixes_the_batch_size(target, inner, code, tmp_path):
     pytest.importorskip(MODULES[target])
     said = (
         rf"takes batches of 4 only: Below itself fixes its batch size, in 'inner' "
-        rf"\({inner.__name__}\), test_refusals\.py:\d+ \({code}.*x\.shape\[0\].*--batch-size"
+        rf"\({inner.__name__}\), test_export_refusals\.py:\d+ \({code}.*x\.shape\[0\].*--batch-size"
     )
     with pytest.warns(UserWarning, match=said):
         done = export(Below(inner()), target, tmp_path / "net", images(4),
@@ -176,8 +176,9 @@ def test_who_fixes_the_batch_size(target, inner, code, tmp_path):
 
 def test_inputs_of_a_batch_size_that_the_network_does_not_take(tmp_path):
     said = (
-        r"Below raised RuntimeError \(shape.*invalid.*\) in 'inner' \(Reshaped\), test_ref.*reshape"
-        r".*on example_inputs of \(1, 3, 12, 12\).*runs on a batch of 4.*--batch-size 4.*x\.shape"
+        r"Below raised RuntimeError \(shape.*invalid.*\) in 'inner' \(Reshaped\), test_export_.*"
+        r"reshape.*on example_inputs of \(1, 3, 12, 12\).*runs on a batch of 4"
+        r".*--batch-size 4.*x\.shape"
     )
     with pytest.raises(ValueError, match=said):
         export(Below(Reshaped()), "onnx", tmp_path / "net", images(1))

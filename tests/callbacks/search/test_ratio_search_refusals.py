@@ -11,8 +11,8 @@ from lit_compress import (
     PostTrainingQuantization,
     QuantizationAwareTraining,
 )
+from lit_compress.callbacks.search import report as search_report
 from lit_compress.callbacks.search.ratio_search import RatioSearch
-from lit_compress.search.search_result import SearchResult
 from lit_compress.search.settings import CandidateSettings, ScoringSettings
 from tests.callbacks.search_fits import Small, fit, loader, search
 
@@ -23,7 +23,7 @@ VAL = ScoringSettings(split="val", precision="trainer")
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(SearchResult, "plot", lambda self, path: path)
+    monkeypatch.setattr(search_report, "plot_search", lambda result, path: path)
 
 
 @pytest.mark.parametrize(
