@@ -13,21 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
-from lit_compress.callbacks.lightning.method_wrapping import Removable
-from lit_compress.callbacks.lightning.requirements import (
-    explain_unreadable_checkpoints,
-    refuse_nan_loss,
-    refuse_sharded_strategy,
-)
-from lit_compress.callbacks.lightning.run_clock import current_moment, resolved_schedule
+from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
-from lit_compress.callbacks.search.searched import (
-    found_sparsities,
-    refuse_layers,
-    refuse_waiting_in_vain,
-)
-from lit_compress.callbacks.stage_order import Stage, StageSpan, check_stage_order
+from lit_compress.callbacks.search.searched import found_sparsities, refuse_layers
+from lit_compress.callbacks.stage_order import Stage, StageSpan
 from lit_compress.compress.layers import (
     LayerType,
     Selection,
@@ -48,7 +39,7 @@ __all__ = ["MagnitudeSparsity"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("conv", "linear", "attention", "recurrent")
 
 
-class MagnitudeSparsity(pl.Callback):
+class MagnitudeSparsity(CompressionCallback):
     """Sets the weights of least magnitude to zero, more and more of them, during ``Trainer.fit``.
 
     Gradual magnitude pruning (Zhu & Gupta 2017, section 3): at each update of the schedule the
@@ -98,7 +89,6 @@ class MagnitudeSparsity(pl.Callback):
         trainer.fit(model, datamodule)
     """
 
-    changes_weights = True
     compression_stage: Stage = "sparsify"
     searched_space: Space = "sparsity"
 
@@ -133,31 +123,20 @@ class MagnitudeSparsity(pl.Callback):
         self.ignored_layers = ignored_layers
         self.layer_types = layer_types
 
-        self.ramp: Ramp | None = None
         self.selection: Selection | None = None
+        self._clock = ScheduleClock(schedule, type(self).__name__)
         self._found: SearchResult | None = None
         self._weights: MaskedWeights | None = None
-        self._last_point: int | None = None
-        self._restored: dict[str, Any] | None = None
-        self._bound: list[Removable] = []
         self._masks_steps = False
 
     # --- The run ----------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything is loaded."""
-        if stage == "fit":
-            self._restored = None  # evaluating a checkpoint leaves its state here
-            refuse_sharded_strategy(trainer, type(self).__name__)
-            refuse_waiting_in_vain(trainer, self)
-            check_stage_order(trainer, pl_module)
-            self._bound.append(explain_unreadable_checkpoints(trainer))
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start_or_resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Choose the weights, fix the schedule, take over a checkpoint's masks, bind the hooks."""
-        self._unbind()
         if self._is_searched:
-            known = (self._restored or {}).get("searched")
+            known = (state or {}).get("searched")
             final = known or found_sparsities(self._found, pl_module)
             self.target = replace(self.target, final=final)
         self.selection = select_weights(
@@ -169,22 +148,23 @@ class MagnitudeSparsity(pl.Callback):
         )
         rank_zero_info(f"{type(self).__name__}: {self.selection}")
         named = {plain_name(name): p for name, p in pl_module.named_parameters()}
-        self._weights = MaskedWeights(
-            {n: named[n] for n in self.selection.names}, self.target.pattern
-        )
-        self._refuse_shared_weights(trainer)
-        self._start_or_resume(trainer)
+        weights = MaskedWeights({n: named[n] for n in self.selection.names}, self.target.pattern)
+        self._weights = weights
+        self._check_own_weights(trainer)
+        if state is None:
+            self._clock.start(trainer, "final sparsity")
+        else:
+            weights.load_state_dict(state["weights"])
+            if self.is_same_run(state, "its masks stay and the new schedule begins."):
+                self._clock.resume(state)
+            else:
+                weights.reopen()
+                self._clock.start(trainer, "final sparsity")
         self._bind(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The update that is due before the first step, if the schedule begins there."""
         self._update_if_due(trainer, pl_module)
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Stop before a NaN reaches the weights."""
-        refuse_nan_loss(loss, trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -218,22 +198,19 @@ class MagnitudeSparsity(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave exact zeros, and say so if the run ended before the schedule did."""
-        weights, ramp = self._active_weights, self._active_ramp
+        weights, ramp = self._active_weights, self._clock.active_ramp
         weights.clear()
-        if self._last_point is None or self._last_point < ramp.end:
+        if not self._clock.is_done:
             rank_zero_warn(
-                f"{type(self).__name__}: training ended before {self.schedule.unit} {ramp.end}, "
+                f"{type(self).__name__}: training ended before {ramp.unit} {ramp.end}, "
                 f"where the schedule ends; the sparsity is {weights.sparsity():.4f} and not "
                 f"{self.target.final}. Train longer, or end the schedule earlier."
             )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of optimizers and other callbacks."""
-        self._unbind()
-
-    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Let go of optimizers and other callbacks."""
-        self._unbind()
+    def release(self) -> None:
+        """Let go of optimizers and averages; masks are not applied any more."""
+        super().release()
+        self._masks_steps = False
 
     def on_channels_cut(
         self,
@@ -263,22 +240,24 @@ class MagnitudeSparsity(pl.Callback):
         if self._weights is not None and self._masks_steps:
             self._weights.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, removed values and the schedule, as tensors and plain data."""
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What the run is to reach and when."""
+        return {
+            "target": replace(self.target, final="searched") if self._is_searched else self.target,
+            "schedule": self.schedule,
+        }
+
+    def fit_state(self) -> dict[str, Any] | None:
+        """Masks, removed values and the schedule."""
         if self._weights is None:
-            return self._restored or {}
+            return None
         return {
             "weights": self._weights.state_dict(),
-            "last_point": self._last_point,
-            "target": self._declared,
-            "ramp": self._active_ramp.to_dict(),
+            **self._clock.state_dict(),
             # A run that is resumed may have cut the channels that these were made exact for.
             "searched": self.target.final if self._is_searched else None,
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the fit begins and the model's parameters are known."""
-        self._restored = state_dict or None
 
     # --- A search before it -----------------------------------------------------------------------
 
@@ -303,49 +282,31 @@ class MagnitudeSparsity(pl.Callback):
         """Zeros / weights over all selected weights; 0 before the first fit."""
         return 0.0 if self._weights is None else self._weights.sparsity()
 
+    @property
+    def ramp(self) -> Ramp | None:
+        """The schedule in the moments of this run; ``None`` before the first fit."""
+        return self._clock.ramp
+
+    @property
+    def masked_names(self) -> frozenset[str]:
+        """Names, in the LightningModule, of the parameters that have masks."""
+        return frozenset() if self._weights is None else frozenset(self._weights.parameters)
+
+    @property
+    def has_final_masks(self) -> bool:
+        """Whether the masks do not change any more."""
+        return self._weights is not None and self._weights.is_settled
+
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """From the first mask to the last."""
-        moments = self.ramp if resolved else self.schedule
-        return StageSpan(moments.begin, moments.end, self.schedule.unit) if moments else None
+        return StageSpan.of(self._clock.ramp if resolved else self.schedule)
 
     @property
     def _active_weights(self) -> MaskedWeights:
         assert self._weights is not None, "on_fit_start has not run"
         return self._weights
 
-    @property
-    def _active_ramp(self) -> Ramp:
-        assert self.ramp is not None, "on_fit_start has not run"
-        return self.ramp
-
-    def _start_or_resume(self, trainer: pl.Trainer) -> None:
-        state, self._restored = self._restored, None
-        if state is None:
-            self._begin_schedule(trainer)
-            return
-        self._active_weights.load_state_dict(state["weights"])
-        if state["target"] == self._declared:
-            # The run keeps the moments it was started with, also when max_epochs has grown.
-            self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
-        else:
-            rank_zero_info(
-                f"{type(self).__name__}: the checkpoint was written under other arguments "
-                f"({state['target']}); its masks are taken over and the new schedule begins."
-            )
-            self._active_weights.reopen()
-            self._begin_schedule(trainer)
-
-    def _begin_schedule(self, trainer: pl.Trainer) -> None:
-        name = type(self).__name__
-        self.ramp = resolved_schedule(trainer, self.schedule, name, "final sparsity")
-        self._last_point = None
-
-    @property
-    def _declared(self) -> str:
-        """What the run is to reach and when, to recognise a checkpoint of the same run."""
-        return f"{self.target}, {self.schedule}"
-
-    def _refuse_shared_weights(self, trainer: pl.Trainer) -> None:
+    def _check_own_weights(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, MagnitudeSparsity) and other is not self and other._masks_steps:
                 shared = self._active_weights.parameters.keys() & other._active_weights.parameters
@@ -362,34 +323,26 @@ class MagnitudeSparsity(pl.Callback):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             names = [name_of[id(p)] for p in params if id(p) in name_of]
             handle = optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
-            self._bound.append(handle)
-        self._bound.append(AverageWatch(trainer, self._mask_average))
+            self.bindings.add(handle)
+        self.bindings.add(AverageWatch(trainer, self._mask_average))
         self._masks_steps = True
-
-    def _unbind(self) -> None:
-        for removable in self._bound:
-            removable.remove()
-        self._bound.clear()
-        self._masks_steps = False
 
     def _mask_average(self, average: nn.Module) -> None:
         named = {plain_name(name): p for name, p in average.named_parameters()}
         self._active_weights.apply_to_copy(named)
 
     def _update_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ramp, weights = self._active_ramp, self._active_weights
-        point = ramp.update_point(current_moment(trainer, pl_module, self.schedule.unit))
+        weights, point = self._active_weights, self._clock.due(trainer, pl_module)
         if point is None or weights.is_settled:
             return
-        if self._last_point is not None and point <= self._last_point:
-            return
+        ramp = self._clock.active_ramp
         scheduled = self.target.scheduled(ramp, point, weights.sizes)
         alone = trainer.world_size == 1
         agree = None if alone else lambda masks: trainer.strategy.broadcast(masks, src=0)
         weights.update(scheduled.num_zeros, agree)
         for average in averaged_modules(trainer):
             self._mask_average(average)
-        self._last_point = point
+        self._clock.last_point = point
         if point == ramp.end:
             weights.settle()
         self._log(trainer, scheduled.sparsity)

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_compress.compress.quantization.network import is_quantized
+from lit_compress.compress.schedules import Ramp, Schedule
 
 __all__ = [
     "CompressionStage",
@@ -49,6 +50,11 @@ class StageSpan:
     begin: int | float
     end: int | float
     unit: str = "step"
+
+    @classmethod
+    def of(cls, schedule: Schedule | Ramp | None) -> StageSpan | None:
+        """From the begin of a schedule to its end; ``None`` of one that is not known yet."""
+        return None if schedule is None else cls(schedule.begin, schedule.end, schedule.unit)
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,21 +14,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_compress.callbacks.clustering_order import refuse_moving_masks
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
-from lit_compress.callbacks.lightning.method_wrapping import Removable
-from lit_compress.callbacks.lightning.requirements import (
-    explain_unreadable_checkpoints,
-    refuse_nan_loss,
-    refuse_sharded_strategy,
-)
-from lit_compress.callbacks.lightning.run_clock import current_moment, resolved_moment
+from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.callbacks.stage_order import (
     Stage,
     StageSpan,
-    check_stage_order,
     refuse_quantized_network,
+    span_in_steps,
 )
 from lit_compress.compress.clustering.clustered_weights import ClusteredWeights, Clusters
 from lit_compress.compress.clustering.kmeans import ClusterInit, check_init, check_num_clusters
@@ -38,12 +34,12 @@ from lit_compress.compress.layers import (
     refuse_bare_string,
     select_weights,
 )
-from lit_compress.compress.schedules import check_moment
+from lit_compress.compress.schedules import Moment, Schedule, Unit, check_moment
 
 __all__ = ["WeightClustering"]
 
 
-class WeightClustering(pl.Callback):
+class WeightClustering(CompressionCallback):
     """Replaces the weights of each layer by few distinct values, and trains those values.
 
     At ``begin`` the weights of each tensor are clustered (k-means; Han et al. 2016, "Deep
@@ -71,7 +67,7 @@ class WeightClustering(pl.Callback):
         init: How k-means begins: ``"kmeans++"``, ``"density"`` or ``"linear"`` (see
             :func:`~lit_compress.compress.clustering.kmeans.kmeans`).
         begin: When the weights are clustered: a float is a fraction of the run, in [0, 1], an int
-            an optimizer step.
+            a number of ``unit``.
         trainable: Whether the values are trained after that; else the weights stay as they were
             clustered, and only the rest of the model is trained.
         preserve_sparsity: Whether weights that are zero when they are clustered stay exactly zero;
@@ -80,6 +76,7 @@ class WeightClustering(pl.Callback):
         ignored_layers: Name patterns of the layers to leave alone.
         layer_types: Kinds of layers to cluster, of ``"conv"``, ``"depthwise"``, ``"linear"``,
             ``"attention"``, ``"recurrent"``, ``"embedding"``. Norms and biases never are.
+        unit: What a whole number in ``begin`` counts, ``"step"`` or ``"epoch"``.
 
     Raises:
         ValueError: At construction, if an argument is out of range or two of them disagree. When
@@ -97,25 +94,25 @@ class WeightClustering(pl.Callback):
         trainer.fit(model, datamodule)
     """
 
-    changes_weights = True
     compression_stage: Stage = "cluster"
 
     def __init__(
         self,
         num_clusters: int | dict[str, int] = 16,
         init: ClusterInit = "kmeans++",
-        begin: int | float = 0.0,
+        begin: Moment = 0.0,
         trainable: bool = True,
         preserve_sparsity: bool = True,
         layers: Sequence[str] | None = None,
         ignored_layers: Sequence[str] | None = None,
         layer_types: Sequence[LayerType] = ("conv", "linear", "attention", "recurrent"),
+        unit: Unit = "step",
     ) -> None:
         super().__init__()
         self.num_clusters = num_clusters
         by_layer = _checked_numbers(num_clusters)
         check_init(init)
-        check_moment("begin", begin)
+        check_moment("begin", begin, unit=unit)
         for name, flag in (("trainable", trainable), ("preserve_sparsity", preserve_sparsity)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected true or false.")
@@ -127,7 +124,7 @@ class WeightClustering(pl.Callback):
                 "name the layers. Leave layers out."
             )
         self.init = init
-        self.begin = begin
+        self.schedule = Schedule.at(begin, unit)
         self.trainable = trainable
         self.preserve_sparsity = preserve_sparsity
         self.layers = layers if by_layer is None else list(by_layer)
@@ -136,26 +133,17 @@ class WeightClustering(pl.Callback):
 
         self.selection: Selection | None = None
         self._weights: ClusteredWeights | None = None
-        self._begin_step: int | None = None
-        self._restored: dict[str, Any] | None = None
-        self._bound: list[Removable] = []
+        self._clock = ScheduleClock(self.schedule, type(self).__name__)
         self._is_bound = False
         self._was_cut = False
 
     # --- The run ----------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything is loaded."""
-        if stage == "fit":
-            self._restored = None  # evaluating a checkpoint leaves its state here
-            refuse_sharded_strategy(trainer, type(self).__name__)
-            check_stage_order(trainer, pl_module)
-            self._bound.append(explain_unreadable_checkpoints(trainer))
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start_or_resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Choose the weights, fix the moment, take over a checkpoint's clusters, bind the hooks."""
-        self._unbind()
-        if self._restored is None:  # else the run that is resumed may quantize by now
+        if state is None:  # else the run that is resumed may quantize by now
             refuse_quantized_network(pl_module, self)
         self.selection = select_weights(
             pl_module,
@@ -171,21 +159,18 @@ class WeightClustering(pl.Callback):
             trainable=self.trainable,
             keep_zero=self.preserve_sparsity,
         )
-        self._start_or_resume(trainer)
+        if state is not None and self.is_same_run(state, "its weights are clustered again."):
+            self._weights.load_state_dict(state["weights"])
+            self._clock.resume(state)
+        else:
+            self._clock.start(trainer, "clusters")
         self._bind(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cluster before the first step, if that is when it is due."""
-        assert self._begin_step is not None
-        self._refuse_shared_weights(trainer)
-        refuse_moving_masks(trainer, self._active_weights, self._begin_step)
+        self._check_own_weights(trainer)
+        self._check_masks(trainer)
         self._cluster_if_due(trainer, pl_module)
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Stop before a NaN reaches the weights."""
-        refuse_nan_loss(loss, trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -208,20 +193,16 @@ class WeightClustering(pl.Callback):
         """Leave clustered weights, and say so if the run ended before there were any."""
         self._active_weights.apply()
         if not self._active_weights.is_clustered:
+            ramp = self._clock.active_ramp
             rank_zero_warn(
-                f"{type(self).__name__}: training ended before step {self._begin_step}, where the "
+                f"{type(self).__name__}: training ended before {ramp.unit} {ramp.begin}, where the "
                 "weights are clustered; they are not. Train longer, or begin earlier."
             )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of optimizers and other callbacks."""
-        self._unbind()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Let go of optimizers and other callbacks."""
-        self._unbind()
+    def release(self) -> None:
+        """Let go of optimizers and averages; clusters are not applied any more."""
+        super().release()
+        self._is_bound = False
 
     def on_channels_cut(
         self,
@@ -245,19 +226,21 @@ class WeightClustering(pl.Callback):
             layer_types=list(self.layer_types),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Clusters and the moment that they are due, as tensors and plain data."""
-        if self._weights is None:
-            return self._restored or {}
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What is clustered and when."""
         return {
-            "weights": self._weights.state_dict(),
-            "begin_step": self._begin_step,
-            "declared": self._declared,
+            "num_clusters": self.num_clusters,
+            "init": self.init,
+            "begin": self.schedule.begin,
+            "unit": self.schedule.unit,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the fit begins and the model's parameters are known."""
-        self._restored = state_dict or None
+    def fit_state(self) -> dict[str, Any] | None:
+        """Clusters and the moment that they are due."""
+        if self._weights is None:
+            return None
+        return {"weights": self._weights.state_dict(), **self._clock.state_dict()}
 
     # --- What is known ----------------------------------------------------------------------------
 
@@ -273,18 +256,12 @@ class WeightClustering(pl.Callback):
 
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """The moment at which the weights are clustered."""
-        moment = self._begin_step if resolved else self.begin
-        return None if moment is None else StageSpan(moment, moment)
+        return StageSpan.of(self._clock.ramp if resolved else self.schedule)
 
     @property
     def _active_weights(self) -> ClusteredWeights:
         assert self._weights is not None, "on_fit_start has not run"
         return self._weights
-
-    @property
-    def _declared(self) -> str:
-        """What is clustered and when, to recognise a checkpoint of the same run."""
-        return f"{self.num_clusters} clusters by {self.init} at {self.begin}"
 
     # --- Details ----------------------------------------------------------------------------------
 
@@ -295,21 +272,7 @@ class WeightClustering(pl.Callback):
         layer = name.rpartition(".")[0]
         return next(k for glob, k in self.num_clusters.items() if fnmatchcase(layer, glob))
 
-    def _start_or_resume(self, trainer: pl.Trainer) -> None:
-        state, self._restored = self._restored, None
-        if state is not None and state["declared"] == self._declared:
-            self._active_weights.load_state_dict(state["weights"])
-            # The run keeps the moment it was started with, also when max_epochs has grown.
-            self._begin_step = state["begin_step"]
-            return
-        if state is not None:
-            rank_zero_info(
-                f"{type(self).__name__}: the checkpoint was written under other arguments "
-                f"({state['declared']}); its weights are clustered anew as this run says."
-            )
-        self._begin_step = resolved_moment(trainer, self.begin, "step", type(self).__name__)
-
-    def _refuse_shared_weights(self, trainer: pl.Trainer) -> None:
+    def _check_own_weights(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, WeightClustering) and other is not self:
                 shared = self._active_weights.parameters.keys() & other._active_weights.parameters
@@ -319,21 +282,47 @@ class WeightClustering(pl.Callback):
                         "disjoint layers."
                     )
 
+    def _check_masks(self, trainer: pl.Trainer) -> None:
+        """Refuse masks that change after the weights were clustered, or would be filled by it."""
+        weights, ramp = self._active_weights, self._clock.active_ramp
+        for sparsity in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(sparsity, MagnitudeSparsity) or sparsity.ramp is None:
+                continue
+            shared = sorted(weights.parameters.keys() & sparsity.masked_names)
+            if not shared:
+                continue
+            if not weights.keep_zero:
+                raise MisconfigurationException(
+                    f"MagnitudeSparsity masks {shared[0]!r}, and WeightClustering would give its "
+                    "zeros other values; set preserve_sparsity=True."
+                )
+            if sparsity.has_final_masks:
+                continue
+            masks, own = StageSpan.of(sparsity.ramp), StageSpan.of(ramp)
+            assert masks is not None
+            assert own is not None
+            end, begin = span_in_steps(trainer, masks).end, span_in_steps(trainer, own).begin
+            if end <= begin and not weights.is_clustered:
+                continue
+            fix = "Give both in steps"
+            if math.isfinite(end) and ramp.unit == "step":
+                fix = f"Set begin={end:.0f}"
+            raise MisconfigurationException(
+                f"MagnitudeSparsity changes the masks of {shared[0]!r} until {sparsity.ramp.unit} "
+                f"{sparsity.ramp.end}, and WeightClustering clusters it at {ramp.unit} "
+                f"{ramp.begin}; masks must be final by then. {fix}, or end the sparsity's schedule "
+                "earlier."
+            )
+
     def _bind(self, trainer: pl.Trainer) -> None:
         weights = self._active_weights
         for optimizer in trainer.optimizers:
             names = self._names_in(optimizer)
-            self._bound.append(
+            self.bindings.add(
                 optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
             )
-        self._bound.append(AverageWatch(trainer, self._tie_average))
+        self.bindings.add(AverageWatch(trainer, self._tie_average))
         self._is_bound, self._was_cut = True, False
-
-    def _unbind(self) -> None:
-        for removable in self._bound:
-            removable.remove()
-        self._bound.clear()
-        self._is_bound = False
 
     def _names_in(self, optimizer: Optimizer) -> list[str]:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -344,17 +333,17 @@ class WeightClustering(pl.Callback):
         self._active_weights.apply_to_copy(named)
 
     def _cluster_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights, begin = self._active_weights, self._begin_step
-        assert begin is not None, "on_fit_start has not run"
+        weights = self._active_weights
         if weights.is_clustered:
             if self._was_cut:  # a reconstruction gave the layers around a cut new weights
                 weights.apply()
                 self._was_cut = False
             return
-        if current_moment(trainer, pl_module, "step") < begin:
+        if self._clock.due(trainer, pl_module) is None:
             return
         agree = None if trainer.world_size == 1 else partial(_rank_zero_decides, trainer)
         error = weights.cluster(self.init, agree=agree)
+        self._clock.last_point = self._clock.active_ramp.end
         for average in averaged_modules(trainer):
             self._tie_average(average)
         metrics = {"clustering/relative_error": error.relative}

@@ -10,9 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["Ramp", "Schedule", "constant", "cubic", "linear"]
+__all__ = ["Moment", "Ramp", "Schedule", "Unit", "constant", "cubic", "linear"]
+
+Moment: TypeAlias = int | float
+"""A float is a fraction of the run, in [0, 1]; an int a number of steps or epochs."""
+
+Unit: TypeAlias = Literal["step", "epoch"]
+"""What whole numbers count: optimizer steps (under manual optimization, batches) or epochs."""
 
 
 def constant(progress: float, initial: float, final: float) -> float:
@@ -112,18 +118,17 @@ class Schedule:
     """
 
     kind: Literal["cubic", "linear", "constant"] = "cubic"
-    begin: int | float = 0.1
-    end: int | float = 0.5
-    update_every: int | float = 0.01
-    unit: Literal["step", "epoch"] = "step"
+    begin: Moment = 0.1
+    end: Moment = 0.5
+    update_every: Moment = 0.01
+    unit: Unit = "step"
 
     def __post_init__(self) -> None:
         if self.kind not in _FORMULAS:
             raise ValueError(f"kind is {self.kind!r}, expected one of {sorted(_FORMULAS)}.")
-        if self.unit not in ("step", "epoch"):
-            raise ValueError(f"unit is {self.unit!r}, expected 'step' or 'epoch'.")
-        for name in ("begin", "end", "update_every"):
-            check_moment(name, getattr(self, name), unit=self.unit)
+        check_unit(self.unit)
+        for name, moment in self.moments.items():
+            check_moment(name, moment, unit=self.unit)
         if self.update_every == 0:
             raise ValueError(
                 "update_every is 0, expected a positive fraction of the run or a number of "
@@ -135,39 +140,38 @@ class Schedule:
                 "than the end."
             )
 
-    @property
-    def is_relative(self) -> bool:
-        """Whether any of the moments is a fraction of the run, so that its length must be known."""
-        return any(isinstance(v, float) for v in (self.begin, self.end, self.update_every))
+    @classmethod
+    def at(cls, begin: Moment, unit: Unit = "step") -> Schedule:
+        """All of it at one moment."""
+        return cls("constant", begin, begin, 1, unit)
 
-    def resolve(self, run_length: float) -> Ramp:
+    @property
+    def moments(self) -> dict[str, Moment]:
+        """``begin``, ``end`` and ``update_every``."""
+        return {"begin": self.begin, "end": self.end, "update_every": self.update_every}
+
+    def resolve(self, run_length: float, unit: Unit | None = None) -> Ramp:
         """Turn fractions into absolute numbers.
 
         Args:
             run_length: The run's length in ``unit``; ``math.inf`` where it is not known.
+            unit: What the numbers of the result count; by default what those of the schedule do.
 
         Returns:
             The same schedule in absolute numbers.
 
         Raises:
-            ValueError: If a fraction is given and the length is infinite, or if ``begin`` lies
-                after ``end`` once both are absolute.
+            ValueError: If a fraction other than 0 is given and the length is infinite, or if
+                ``begin`` lies after ``end`` once both are absolute.
         """
-        if self.is_relative and math.isinf(run_length):
-            raise ValueError(
-                f"the schedule holds fractions of the run (begin={self.begin}, end={self.end}, "
-                f"update_every={self.update_every}) but the run has no known length. Set "
-                f"max_epochs or max_steps on the Trainer, or give all three as whole {self.unit}s."
-            )
-        begin = absolute_moment(self.begin, run_length)
-        end = absolute_moment(self.end, run_length)
-        every = max(1, absolute_moment(self.update_every, run_length))
+        unit = unit or self.unit
+        begin, end, every = (absolute_moment(m, run_length, n) for n, m in self.moments.items())
         if begin > end:
             raise ValueError(
-                f"begin={self.begin} is {self.unit} {begin} of this run and lies after "
-                f"end={self.end}, {self.unit} {end}; give both as fractions or move one of them."
+                f"begin={self.begin} is {unit} {begin} of this run and lies after "
+                f"end={self.end}, {unit} {end}; give both as fractions or move one of them."
             )
-        return Ramp(kind=self.kind, begin=begin, end=end, every=every)
+        return Ramp(kind=self.kind, begin=begin, end=end, every=max(1, every), unit=unit)
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ class Ramp:
         begin: The first update.
         end: The last update.
         every: The distance between the updates from ``begin`` on; the one at ``end`` comes anyway.
+        unit: What the numbers count.
 
     Examples:
         >>> ramp = Ramp("linear", begin=10, end=25, every=10)
@@ -192,6 +197,7 @@ class Ramp:
     begin: int
     end: int
     every: int
+    unit: Unit = "step"
 
     def update_point(self, now: int) -> int | None:
         """The latest moment, not after ``now``, at which an update is due.
@@ -238,8 +244,18 @@ class Ramp:
         return asdict(self)
 
 
-def check_moment(name: str, moment: int | float, *, unit: str = "step") -> None:
-    """Refuse what is neither a fraction of the run nor an absolute moment.
+def check_unit(unit: object) -> None:
+    """Check a unit of time.
+
+    Raises:
+        ValueError: If it is neither ``"step"`` nor ``"epoch"``.
+    """
+    if unit not in ("step", "epoch"):
+        raise ValueError(f"unit is {unit!r}, expected 'step' or 'epoch'.")
+
+
+def check_moment(name: str, moment: object, *, unit: str = "step") -> None:
+    """Check that something is a fraction of the run or an absolute moment.
 
     Raises:
         ValueError: If ``moment`` is not a float in [0, 1] or an int of at least 0.
@@ -250,15 +266,35 @@ def check_moment(name: str, moment: int | float, *, unit: str = "step") -> None:
             f"number of {unit}s."
         )
     if isinstance(moment, float) and not 0.0 <= moment <= 1.0:
-        mend = f" For {unit} {moment:.0f} write {name}={moment:.0f}." if moment > 1 else ""
+        fix = f" For {unit} {moment:.0f} write {name}={moment:.0f}." if moment > 1 else ""
         raise ValueError(
             f"{name} is {moment}, expected a fraction of the run in [0, 1] because it is a "
-            f"float.{mend if math.isfinite(moment) else ''}"
+            f"float.{fix if math.isfinite(moment) else ''}"
         )
     if moment < 0:
         raise ValueError(f"{name} is {moment}, expected a number of {unit}s of at least 0.")
 
 
-def absolute_moment(moment: int | float, run_length: float) -> int:
-    """A fraction of the run as a whole number of steps or epochs; an ``int`` stays as it is."""
-    return round(moment * run_length) if isinstance(moment, float) else moment
+def absolute_moment(moment: Moment, run_length: float, name: str = "the moment") -> int:
+    """A moment as a whole number of steps or epochs.
+
+    Args:
+        moment: A float is a fraction of the run, an int is absolute already.
+        run_length: Steps or epochs of the run; ``math.inf`` where that is not known.
+        name: The argument's name, for the message.
+
+    Raises:
+        ValueError: If it is a fraction other than 0 of a run of unknown length.
+
+    Examples:
+        >>> absolute_moment(0.5, 9), absolute_moment(7, 9), absolute_moment(0.0, math.inf)
+        (4, 7, 0)
+    """
+    if not isinstance(moment, float) or moment == 0:
+        return int(moment)
+    if math.isinf(run_length):
+        raise ValueError(
+            f"{name} is {moment}, a fraction of the run, and the run has no known length. Set "
+            "max_epochs or max_steps on the Trainer, or give a whole number."
+        )
+    return round(moment * run_length)

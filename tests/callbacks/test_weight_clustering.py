@@ -292,7 +292,7 @@ def test_other_arguments_cluster_anew(tmp_path, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         module = fit(WeightClustering(4), ckpt_path=tmp_path / "step=16.ckpt", max_epochs=3)
     assert max(distinct(module)) <= 4
-    assert "written under other arguments (16 clusters by kmeans++ at 0.0)" in caplog.text
+    assert "written under other arguments (num_clusters is 4, was 16)" in caplog.text
 
 
 def test_a_checkpoint_is_plain_safe_to_open_and_packs_small(tmp_path):
@@ -524,7 +524,9 @@ def test_two_callbacks_on_one_weight_are_refused():
 
 
 def test_fractions_of_an_endless_run_are_refused():
-    with pytest.raises(MisconfigurationException, match=r"begin is 0\.5 of a run that has no"):
+    with pytest.raises(
+        MisconfigurationException, match=r"begin is 0\.5, a fraction of .* no known length"
+    ):
         fit(WeightClustering(6, begin=0.5), max_epochs=-1, max_time="00:00:00:20")
 
 

@@ -116,3 +116,12 @@ def test_a_fraction_needs_a_run_of_known_length():
 def test_mixed_moments_in_the_wrong_order_are_refused_once_resolved():
     with pytest.raises(ValueError, match="begin=80 is step 80 of this run and lies after"):
         Schedule(begin=80, end=0.5).resolve(100)
+
+
+def test_zero_needs_no_run_length():
+    schedule = Schedule("constant", begin=0.0, end=0.0, update_every=1)
+    assert schedule.resolve(math.inf) == Ramp("constant", 0, 0, 1)
+
+
+def test_everything_at_one_moment():
+    assert Schedule.at(0.5, "epoch").resolve(10) == Ramp("constant", 5, 5, 1, "epoch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from torch import nn
 
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.distillation.distilled_step import DistilledStep
 from lit_compress.callbacks.distillation.objective import (
     FeatureMatching,
     LogitsLoss,
     Objective,
-    is_number,
 )
 from lit_compress.callbacks.distillation.teacher import (
     Teacher,
@@ -28,14 +27,10 @@ from lit_compress.callbacks.distillation.teacher import (
     digest,
     read_remote,
 )
-from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.callbacks.lightning.network_calls import find_network
-from lit_compress.callbacks.lightning.requirements import (
-    explain_unreadable_checkpoints,
-    refuse_sharded_strategy,
-)
-from lit_compress.callbacks.lightning.run_clock import current_moment, run_length
+from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.compress.quantization.network import without_quantizers
+from lit_compress.compress.schedules import Moment, Schedule, Unit, check_moment, check_unit
 from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint
 
 __all__ = ["Distillation", "FeatureMatching"]
@@ -46,7 +41,7 @@ _OTHER_ARCHITECTURE = (
 )
 
 
-class Distillation(Callback):
+class Distillation(CompressionCallback):
     r"""Adds a distillation loss to the training loss of an unmodified LightningModule.
 
     .. math:: L = w_{task} L_{task} + w_{distill} L_{logits} + w_{features} L_{features}
@@ -88,9 +83,10 @@ class Distillation(Callback):
         distill_loss_weight: Weight of the loss on logits, in [0, inf); 0 leaves the logits alone,
             so that the two networks may differ in their classes.
         features: Layers whose outputs are matched too.
-        begin: When distillation begins: after so many optimizer steps (``int``, at least 0; under
-            manual optimization, training batches) or at a fraction of the run (``float`` in
-            [0, 1]). Until then the module trains as if by itself.
+        begin: When distillation begins: a float is a fraction of the run, in [0, 1], an int a
+            number of ``unit``. Until then the module trains as if by itself.
+        unit: What a whole number in ``begin`` counts: ``"step"`` (optimizer steps; under manual
+            optimization, training batches) or ``"epoch"``.
 
     Raises:
         ValueError: If an argument is out of range, a name is no layer, a file does not fit, teacher
@@ -106,6 +102,8 @@ class Distillation(Callback):
         2.0
     """
 
+    changes_weights = False
+
     def __init__(
         self,
         teacher: nn.Module | None = None,
@@ -116,14 +114,17 @@ class Distillation(Callback):
         task_loss_weight: float = 1.0,
         distill_loss_weight: float = 1.0,
         features: FeatureMatching | None = None,
-        begin: int | float = 0,
+        begin: Moment = 0,
+        unit: Unit = "step",
     ) -> None:
+        super().__init__()
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise ValueError(
                 f"teacher is a {type(teacher).__name__}, expected a torch.nn.Module. "
                 "Give a path to weights as checkpoint=."
             )
-        _refuse_bad_begin(begin)
+        check_unit(unit)
+        check_moment("begin", begin, unit=unit)
         self.objective = Objective(
             temperature, loss, task_loss_weight, distill_loss_weight, features
         )
@@ -131,14 +132,13 @@ class Distillation(Callback):
         self._given = [] if teacher is None else [teacher]
         self.checkpoint = checkpoint
         self.student = student
-        self.begin = begin
+        self.schedule = Schedule.at(begin, unit)
 
         self._teachers: list[Teacher] = []  # at most one
         self._snapshot: TeacherFile | None = None
         self._directories: list[str] = []  # where the snapshot is still to be written
-        self._begin_step: int | None = None
+        self._clock = ScheduleClock(self.schedule, type(self).__name__)
         self._step: DistilledStep | None = None  # during a fit
-        self._bound: list[MethodWrapper] = []  # until the fit begins
 
     @property
     def state_key(self) -> str:
@@ -151,24 +151,27 @@ class Distillation(Callback):
 
     # --- The run ----------------------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything is loaded."""
-        if stage != "fit":
-            return
-        refuse_sharded_strategy(trainer, type(self).__name__)
-        if self._takes_snapshot and self.begin > 0:
-            _refuse_changed_weights(trainer, self)
+    def check_run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a snapshot that would come after the first change of the weights."""
+        super().check_run(trainer, pl_module)
+        if self._takes_snapshot and self.schedule.begin > 0:
+            _check_unchanged_weights(trainer, self)
         if trainer.global_step == 0:  # else the same run goes on, with the same teacher
-            self._teachers, self._snapshot, self._begin_step = [], None, None
-        self._bound.append(explain_unreadable_checkpoints(trainer))
+            self._teachers, self._snapshot, self._clock.ramp = [], None, None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def start_or_resume(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Find the student, get the teacher unless it is to come later, and begin to watch."""
-        self._unbind()
         network = find_network(pl_module, self.student)
         self._directories = _checkpoint_directories(trainer)
-        if self._begin_step is None:  # neither resumed nor continued
-            self._begin_step = _first_step(self.begin, trainer)
+        if state is not None:
+            snapshot = state["snapshot"]
+            self._snapshot = None if snapshot is None else TeacherFile(**snapshot)
+            if self._has_moment(state) and self.is_same_run(state, "it begins as this run says."):
+                self._clock.resume(state)
+        if self._clock.ramp is None:  # neither resumed nor continued
+            self._clock.start(trainer, "distillation")
         self._step = DistilledStep(pl_module, network, self.objective)
         if not self._takes_snapshot:
             self._adopt(self._load_teacher(network, trainer), pl_module)
@@ -176,7 +179,7 @@ class Distillation(Callback):
             self._adopt(self._teachers[0].network, pl_module)
         elif self._snapshot is not None:
             self._adopt(self._restore_snapshot(self._snapshot, network, trainer), pl_module)
-        if self._begin_step == 0:
+        if self._clock.active_ramp.begin == 0:
             self._begin(trainer, pl_module)
         self._step.install()
 
@@ -190,38 +193,44 @@ class Distillation(Callback):
         """Begin when ``begin`` is reached, before other callbacks change the weights."""
         self._begin_if_due(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it was."""
-        self._unbind()
+    def on_before_backward(self, *_: Any) -> None:
+        """Nothing: the distilled step says which of its losses is NaN."""
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def release(self) -> None:
         """Leave the module as it was."""
-        self._unbind()
+        super().release()
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+        for teacher in self._teachers:
+            teacher.remove()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was, and the accelerator's memory to others."""
-        self._unbind()
+        super().teardown(trainer, pl_module, stage)
         for teacher in self._teachers:
             teacher.network.cpu()
 
     # --- Checkpoints ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The digest and the place of the snapshot's file; never the teacher."""
-        return {
-            "snapshot": None if self._snapshot is None else asdict(self._snapshot),
-            "begin": self.begin,
-            "begin_step": self._begin_step,
-        }
+    @property
+    def declared(self) -> dict[str, Any]:
+        """When it begins."""
+        return {"begin": self.schedule.begin, "unit": self.schedule.unit}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember which snapshot the run that is resumed had."""
-        snapshot = state_dict["snapshot"]
-        self._snapshot = None if snapshot is None else TeacherFile(**snapshot)
-        if state_dict["begin"] == self.begin:  # the moment stays, also when max_epochs has grown
-            self._begin_step = state_dict["begin_step"]
+    def fit_state(self) -> dict[str, Any] | None:
+        """The moment, and the digest and the place of the snapshot's file; never the teacher."""
+        if self._clock.ramp is None:
+            return None
+        snapshot = None if self._snapshot is None else asdict(self._snapshot)
+        return {"snapshot": snapshot, **self._clock.state_dict()}
+
+    def _has_moment(self, state: dict[str, Any]) -> bool:
+        """Whether a state says when this run begins; earlier versions told ``begin`` alone."""
+        if "declared" in state:
+            return True
+        same = state["begin"] == self.schedule.begin
+        return same and self.schedule.unit == "step" and state["begin_step"] is not None
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -275,11 +284,9 @@ class Distillation(Callback):
 
     def _begin_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._step is not None
-        assert self._begin_step is not None
-        if self._step.teacher is None:
-            moment = current_moment(trainer, pl_module, "step")
-            if moment >= self._begin_step:
-                self._begin(trainer, pl_module)
+        now = self._clock.now(trainer, pl_module)
+        if self._step.teacher is None and now >= self._clock.active_ramp.begin:
+            self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._step is not None
@@ -287,39 +294,8 @@ class Distillation(Callback):
             self._take_snapshot(trainer, pl_module)
         self._step.teacher = self._teachers[0]
 
-    def _unbind(self) -> None:
-        while self._bound:
-            self._bound.pop().remove()
-        if self._step is not None:
-            self._step.remove()
-            self._step = None
-        for teacher in self._teachers:
-            teacher.remove()
 
-
-def _first_step(begin: int | float, trainer: Trainer) -> int:
-    """The optimizer steps before distillation begins."""
-    if isinstance(begin, int) or begin == 0:
-        return int(begin)
-    total = run_length(trainer, "step")
-    if not math.isfinite(total):
-        raise MisconfigurationException(
-            f"begin is {begin}, a fraction of the run, and this run has no end. Give begin as a "
-            "number of optimizer steps, or the Trainer max_epochs or max_steps."
-        )
-    return round(begin * total)
-
-
-def _refuse_bad_begin(begin: Any) -> None:
-    fits = is_number(begin) and (begin >= 0 if isinstance(begin, int) else 0 <= begin <= 1)
-    if not fits:
-        raise ValueError(
-            f"begin is {begin!r}, expected an optimizer step (an int of at least 0) or a fraction "
-            "of the run (a float in [0, 1])."
-        )
-
-
-def _refuse_changed_weights(trainer: Trainer, callback: Callback) -> None:
+def _check_unchanged_weights(trainer: Trainer, callback: Callback) -> None:
     """A snapshot must see the weights before another callback changes them."""
     for earlier in trainer.callbacks:  # type: ignore[attr-defined]
         if earlier is callback:

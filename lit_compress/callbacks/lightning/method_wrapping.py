@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["MethodWrapper", "Removable"]
+__all__ = ["Bindings", "MethodWrapper", "Removable"]
 
 
 class Removable(Protocol):
@@ -14,6 +14,32 @@ class Removable(Protocol):
 
     def remove(self) -> None:
         """Undo the binding."""
+
+
+class Bindings:
+    """What a callback has bound to a run: hooks, wrappers; all of it is released at once.
+
+    A deep copy holds nothing: what is bound belongs to the original.
+    """
+
+    def __init__(self) -> None:
+        self._bound: list[Removable] = []
+
+    def add(self, *bound: Removable) -> None:
+        """Keep what is to be removed when the run is released."""
+        self._bound += bound
+
+    def release(self) -> None:
+        """Remove everything, the last first; a second time there is nothing to remove."""
+        while self._bound:
+            self._bound.pop().remove()
+
+    def __bool__(self) -> bool:
+        """Whether anything is bound."""
+        return bool(self._bound)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bindings:
+        return Bindings()
 
 
 class MethodWrapper:

@@ -17,34 +17,32 @@ from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.callbacks.lightning.network_calls import is_compiled
 
 __all__ = [
+    "check_nan_loss",
+    "check_not_compiled",
+    "check_strategy",
     "explain_unreadable_checkpoints",
-    "refuse_compiled_module",
-    "refuse_nan_loss",
-    "refuse_sharded_strategy",
-    "refuse_spawned_processes",
 ]
 
 
-def refuse_sharded_strategy(trainer: pl.Trainer, callback: str) -> None:
-    """Refuse strategies under which no process holds a whole parameter.
+def check_strategy(trainer: pl.Trainer, callback: str, changes_structure: bool) -> None:
+    """Check that processes hold whole parameters and keep the structure that they train.
+
+    Args:
+        trainer: A Trainer in ``setup``.
+        callback: The callback's name, for messages.
+        changes_structure: Whether the module is built otherwise afterwards, which a main process
+            that loads the weights of its workers does not know.
 
     Raises:
-        MisconfigurationException: If the strategy is FSDP, DeepSpeed or model-parallel.
+        MisconfigurationException: If the strategy is FSDP, DeepSpeed or model-parallel; or spawns
+            or forks its processes where the structure changes.
     """
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
             f"{callback} needs whole parameters in every process, but "
             f"{type(trainer.strategy).__name__} shards them; use strategy='ddp' or a single device."
         )
-
-
-def refuse_spawned_processes(trainer: pl.Trainer, callback: str) -> None:
-    """Refuse launchers under which the weights of worker processes are loaded into the main one.
-
-    Raises:
-        MisconfigurationException: If the strategy spawns or forks its processes.
-    """
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if changes_structure and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise MisconfigurationException(
             f"{callback} changes the structure of the model, and with a strategy that spawns its "
             "processes the main one would load the weights into the model as it was; use "
@@ -52,8 +50,8 @@ def refuse_spawned_processes(trainer: pl.Trainer, callback: str) -> None:
         )
 
 
-def refuse_compiled_module(pl_module: pl.LightningModule, callback: str) -> None:
-    """Refuse modules whose computation ``torch.compile`` has fixed.
+def check_not_compiled(pl_module: pl.LightningModule, callback: str) -> None:
+    """Check that ``torch.compile`` has not fixed what a module computes.
 
     Raises:
         MisconfigurationException: If the module or a part of it is compiled.
@@ -66,7 +64,7 @@ def refuse_compiled_module(pl_module: pl.LightningModule, callback: str) -> None
         )
 
 
-def refuse_nan_loss(loss: Tensor, trainer: pl.Trainer, name: str = "loss") -> None:
+def check_nan_loss(loss: Tensor, trainer: pl.Trainer, name: str = "loss") -> None:
     """Stop a run whose loss is NaN before it reaches weights or checkpoints.
 
     Raises:

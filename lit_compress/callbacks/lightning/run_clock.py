@@ -1,17 +1,108 @@
-"""The current moment and the length of a run, in optimizer steps or in epochs."""
+"""The run's time: how long it is, where it stands, and when a schedule's next update is due."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_compress.callbacks.lightning.weight_averages import num_extra_epochs
-from lit_compress.compress.schedules import Ramp, Schedule, absolute_moment
+from lit_compress.compress.schedules import Moment, Ramp, Schedule, Unit, absolute_moment
 
-__all__ = ["current_moment", "resolved_moment", "resolved_schedule", "run_length"]
+__all__ = ["ScheduleClock", "current_moment", "resolve_moments", "run_length"]
+
+
+class ScheduleClock:
+    """A schedule in the moments of one run, and how far it has come.
+
+    Args:
+        schedule: What the user declared.
+        callback: The callback's name, for messages.
+
+    Attributes:
+        ramp: The schedule in the moments of this run; ``None`` before the first fit.
+        last_point: The moment of the last update; ``None`` before the first one.
+    """
+
+    def __init__(self, schedule: Schedule, callback: str) -> None:
+        self.schedule = schedule
+        self.ramp: Ramp | None = None
+        self.last_point: int | None = None
+        self._callback = callback
+
+    @property
+    def active_ramp(self) -> Ramp:
+        """The ramp, once the fit has begun."""
+        assert self.ramp is not None, "the fit has not begun"
+        return self.ramp
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last update of the schedule was made."""
+        return self.last_point is not None and self.last_point >= self.active_ramp.end
+
+    def start(
+        self, trainer: pl.Trainer, missing: str, others: Mapping[str, Moment] | None = None
+    ) -> dict[str, int]:
+        """Fix the schedule's moments for the run that begins.
+
+        Args:
+            trainer: A Trainer whose ``fit`` has begun.
+            missing: What a run that ends before the schedule does not reach, for the warning.
+            others: Other moments in the schedule's unit, by the names of their arguments.
+
+        Returns:
+            The other moments, in the unit of :attr:`ramp`.
+
+        Raises:
+            MisconfigurationException: If a fraction is given of a run that has no known length, or
+                moments are out of order in this run.
+        """
+        moments = {**self.schedule.moments, **(others or {})}
+        unit, length = _unit_and_length(trainer, moments, self.schedule.unit, self._callback)
+        try:
+            self.ramp = self.schedule.resolve(length, unit)
+        except ValueError as error:
+            raise MisconfigurationException(f"{self._callback}: {error}") from error
+        self.last_point = None
+        if self.ramp.end > length:
+            rank_zero_warn(
+                f"{self._callback}: the schedule ends at {unit} {self.ramp.end}, the run at "
+                f"{length}: it will not reach its {missing}."
+            )
+        return {name: absolute_moment(moment, length) for name, moment in (others or {}).items()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with the moments of the run that is resumed, also when ``max_epochs`` has grown.
+
+        Args:
+            state: What :meth:`state_dict` gave; or the one moment ``begin_step``, as callbacks
+                with one moment wrote it in earlier versions.
+        """
+        if "begin_step" in state:
+            self.ramp = Schedule.at(state["begin_step"]).resolve(math.inf)
+        else:
+            self.ramp = Ramp(**{"unit": self.schedule.unit, **state["ramp"]})
+        self.last_point = state.get("last_point")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments of the run and the last update, as plain data."""
+        return {"ramp": self.active_ramp.to_dict(), "last_point": self.last_point}
+
+    def now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+        """How much of the run is done, in the ramp's unit; see :func:`current_moment`."""
+        return current_moment(trainer, pl_module, self.active_ramp.unit)
+
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int | None:
+        """The moment of the update that is due between two batches; ``None`` if none is."""
+        point = self.active_ramp.update_point(self.now(trainer, pl_module))
+        if point is None or (self.last_point is not None and point <= self.last_point):
+            return None
+        return point
 
 
 def run_length(trainer: pl.Trainer, unit: str) -> float:
@@ -46,54 +137,49 @@ def run_length(trainer: pl.Trainer, unit: str) -> float:
     return epochs
 
 
-def resolved_schedule(trainer: pl.Trainer, schedule: Schedule, callback: str, missing: str) -> Ramp:
-    """A schedule in the moments of this run.
+def resolve_moments(
+    trainer: pl.Trainer, moments: Mapping[str, Moment], unit: Unit, callback: str
+) -> tuple[dict[str, int], Unit]:
+    """Moments of this run, in steps or epochs.
 
     Args:
         trainer: A Trainer whose ``fit`` has begun.
-        schedule: What the user declared.
+        moments: By the names of their arguments.
+        unit: What whole numbers count.
         callback: The callback's name, for messages.
-        missing: What a run that ends before the schedule does not reach, for the warning.
+
+    Returns:
+        The moments as whole numbers, and what they count: epochs where fractions are given of a run
+        of which only the number of epochs is known.
 
     Raises:
-        MisconfigurationException: If it needs a run length that the Trainer does not know, or its
-            moments are out of order in this run.
+        MisconfigurationException: If one is a fraction of a run that has no known length.
     """
-    length = run_length(trainer, schedule.unit)
-    try:
-        ramp = schedule.resolve(length)
-    except ValueError as error:
-        raise MisconfigurationException(f"{callback}: {error}") from error
-    if ramp.end > length:
-        rank_zero_warn(
-            f"{callback}: the schedule ends at {schedule.unit} {ramp.end}, the run at {length}: it "
-            f"will not reach its {missing}."
-        )
-    return ramp
+    unit, length = _unit_and_length(trainer, moments, unit, callback)
+    return {name: absolute_moment(moment, length) for name, moment in moments.items()}, unit
 
 
-def resolved_moment(
-    trainer: pl.Trainer, moment: int | float, unit: str, callback: str, name: str = "begin"
-) -> int:
-    """A moment of this run, in steps or epochs.
-
-    Args:
-        trainer: A Trainer whose ``fit`` has begun.
-        moment: A float is a fraction of the run, an int is absolute.
-        unit: ``"step"`` or ``"epoch"``.
-        callback: The callback's name, for the message.
-        name: The argument's name, for the message.
-
-    Raises:
-        MisconfigurationException: If it is a fraction of a run that has no known length.
-    """
+def _unit_and_length(
+    trainer: pl.Trainer, moments: Mapping[str, Moment], unit: Unit, callback: str
+) -> tuple[Unit, float]:
+    """What to count in, and the run's length in it."""
     length = run_length(trainer, unit)
-    if isinstance(moment, float) and math.isinf(length):
-        raise MisconfigurationException(
-            f"{callback}: {name} is {moment} of a run that has no known length. Set max_epochs or "
-            f"max_steps on the Trainer, or give {name} as a whole number of {unit}s."
+    relative = {n: m for n, m in moments.items() if isinstance(m, float) and m > 0}
+    if math.isfinite(length) or not relative:
+        return unit, length
+    # An update every so many epochs is at least one; a moment in steps has no epoch.
+    steps = [n for n, m in moments.items() if isinstance(m, int) and m > (n == "update_every")]
+    if unit == "step" and not steps and math.isfinite(epochs := run_length(trainer, "epoch")):
+        rank_zero_info(
+            f"{callback}: the length of an epoch is not known, so fractions of the run are rounded "
+            f"to whole epochs of {epochs:.0f}."
         )
-    return absolute_moment(moment, length)
+        return "epoch", epochs
+    name, moment = next(iter(relative.items()))
+    raise MisconfigurationException(
+        f"{callback}: {name} is {moment}, a fraction of the run, and the run has no known length. "
+        f"Set max_epochs or max_steps on the Trainer, or give whole numbers of {unit}s."
+    )
 
 
 def current_moment(trainer: pl.Trainer, pl_module: pl.LightningModule, unit: str) -> int:

@@ -12,20 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
-from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.callbacks.lightning.network_calls import find_uncompiled_network
-from lit_compress.callbacks.lightning.requirements import (
-    explain_unreadable_checkpoints,
-    refuse_sharded_strategy,
-    refuse_spawned_processes,
-)
-from lit_compress.callbacks.lightning.run_clock import (
-    current_moment,
-    resolved_moment,
-    resolved_schedule,
-)
-from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
+from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
 from lit_compress.callbacks.pruning.channel_scores import (
     channel_scores,
@@ -33,13 +23,8 @@ from lit_compress.callbacks.pruning.channel_scores import (
     measured_after_cut,
 )
 from lit_compress.callbacks.pruning.channel_way import ChannelWay, cut_and_mend, pull_in_step
-from lit_compress.callbacks.search.searched import WayToCut, refuse_waiting_in_vain
-from lit_compress.callbacks.stage_order import (
-    Stage,
-    StageSpan,
-    check_stage_order,
-    refuse_quantized_network,
-)
+from lit_compress.callbacks.search.searched import WayToCut
+from lit_compress.callbacks.stage_order import Stage, StageSpan, refuse_quantized_network
 from lit_compress.compress.channels.cut import misfit
 from lit_compress.compress.channels.goal import (
     ChannelAllocation,
@@ -60,7 +45,7 @@ from lit_compress.search.settings import CandidateSettings
 __all__ = ["ChannelPruning"]
 
 
-class ChannelPruning(pl.Callback):
+class ChannelPruning(CompressionCallback):
     """Removes channels for good, all coupled layers at once, during ``Trainer.fit``.
 
     Tensors get smaller, and with them multiply-adds, latency and files; nothing is masked. Which
@@ -130,7 +115,7 @@ class ChannelPruning(pl.Callback):
         trainer.fit(model, datamodule)
     """
 
-    changes_weights = True
+    changes_structure = True
     compression_stage: Stage = "prune"
     searched_space: Space = "channels"
 
@@ -171,44 +156,30 @@ class ChannelPruning(pl.Callback):
         self.recalibrate_batch_norm = recalibrate_batch_norm
         self.ignored_layers = list(ignored_layers or ())
 
-        self.ramp: Ramp | None = None
+        self._clock = ScheduleClock(schedule, type(self).__name__)
         self._progress: ChannelProgress | None = None
-        self._last_point: int | None = None
         self._penalty_begin = 0
         self._next_keep: Tensor | None = None  # chosen ahead, where a penalty works on it
         self._sample: TrainingSample | None = None
-        self._restored: dict[str, Any] | None = None
-        self._bound: list[MethodWrapper] = []
 
     # --- The run ----------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Carry the structure in checkpoints; refuse what cannot work before anything is loaded."""
-        carry_structure(pl_module)
-        if stage == "fit":
-            self._restored = None  # evaluating a checkpoint leaves its state here
-            refuse_sharded_strategy(trainer, type(self).__name__)
-            refuse_spawned_processes(trainer, type(self).__name__)
-            refuse_waiting_in_vain(trainer, self)
-            check_stage_order(trainer, pl_module)
-            self._bound.append(explain_unreadable_checkpoints(trainer))
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start_or_resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Find the channels, make the plan and fix the schedule, or take them from a checkpoint."""
-        self._let_go()
-        if self._restored is None:  # else the run that is resumed may quantize by now
+        if state is None:  # else the run that is resumed may quantize by now
             refuse_quantized_network(pl_module, self)
         network = find_uncompiled_network(pl_module)
         self._sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
-        state, self._restored = self._restored, None
-        if state is None or not self._continue(state, network):
-            name, unit = type(self).__name__, self.schedule.unit
-            self.ramp = resolved_schedule(trainer, self.schedule, name, "plan")
-            if self.penalty:
-                self._penalty_begin = resolved_moment(trainer, self.penalty.begin, unit, name)
-            self._last_point = self._next_keep = None
-            way = ChannelWay(trainer, network, self._training, self.goal, self.importance)
-            self._progress = way.begin(self.spread, self.ignored_layers)
+        if state is not None and self._resume(state, network):
+            return
+        moments = {} if self.penalty is None else {"penalty.begin": self.penalty.begin}
+        others = self._clock.start(trainer, "plan", moments)
+        self._penalty_begin = others.get("penalty.begin", 0)
+        self._next_keep = None
+        way = ChannelWay(trainer, network, self._training, self.goal, self.importance)
+        self._progress = way.begin(self.spread, self.ignored_layers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The cut that is due before the first step, if there is one."""
@@ -218,11 +189,11 @@ class ChannelPruning(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Pull the channels that go next towards zero."""
-        if self.penalty is None or self._is_done:
+        if self.penalty is None or self._clock.is_done:
             return
-        now = current_moment(trainer, pl_module, self.schedule.unit)
-        cut = self._clock.next_point(now)
-        begin = max(self._penalty_begin, self._last_point or 0)
+        now = self._clock.now(trainer, pl_module)
+        cut = self._clock.active_ramp.next_point(now)
+        begin = max(self._penalty_begin, self._clock.last_point or 0)
         strength = self.penalty.strength_at(now, begin, cut)
         if strength == 0:
             return
@@ -244,39 +215,43 @@ class ChannelPruning(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before the schedule did."""
-        if not self._is_done:
+        if not self._clock.is_done:
+            ramp = self._clock.active_ramp
             rank_zero_warn(
-                f"{type(self).__name__}: training ended before {self.schedule.unit} "
-                f"{self._clock.end}, where the schedule ends; not all channels of the plan are "
-                "gone. Train longer, or end the schedule earlier."
+                f"{type(self).__name__}: training ended before {ramp.unit} {ramp.end}, where the "
+                "schedule ends; not all channels of the plan are gone. Train longer, or end the "
+                "schedule earlier."
             )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the training sample."""
-        self._let_go()
-
-    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Let go of the training sample."""
-        self._let_go()
+    def release(self) -> None:
+        """Let go of the run and of the training sample."""
+        super().release()
+        self._sample = None
 
     # --- Checkpoints ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Groups, plan and schedule, as tensors and plain data."""
-        if self._progress is None:
-            return self._restored or {}
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What the run is to reach and when."""
         return {
-            "declared": self._declared,
+            "goal": replace(self.goal, plan="searched") if self._is_searched else self.goal,
+            "schedule": self.schedule,
+            "spread": self.spread,
+            "penalty": self.penalty,
+            "importance": self._way_told.importance if self._is_searched else self.importance,
+            "ignored_layers": self.ignored_layers,
+        }
+
+    def fit_state(self) -> dict[str, Any] | None:
+        """Groups, plan and schedule."""
+        if self._progress is None:
+            return None
+        return {
             "progress": self._progress.state_dict(),
-            "ramp": self._clock.to_dict(),
-            "last_point": self._last_point,
+            **self._clock.state_dict(),
             "penalty_begin": self._penalty_begin,
             "next_keep": self._next_keep,
         }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the fit begins."""
-        self._restored = state_dict or None
 
     # --- A search before it -----------------------------------------------------------------------
 
@@ -311,10 +286,14 @@ class ChannelPruning(pl.Callback):
         """Channels that each group has now, by name; empty before the first fit."""
         return {} if self._progress is None else self._progress.kept
 
+    @property
+    def ramp(self) -> Ramp | None:
+        """The schedule in the moments of this run; ``None`` before the first fit."""
+        return self._clock.ramp
+
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """From the first cut to the last."""
-        moments = self.ramp if resolved else self.schedule
-        return StageSpan(moments.begin, moments.end, self.schedule.unit) if moments else None
+        return StageSpan.of(self._clock.ramp if resolved else self.schedule)
 
     @property
     def _way(self) -> ChannelProgress:
@@ -322,55 +301,33 @@ class ChannelPruning(pl.Callback):
         return self._progress
 
     @property
-    def _clock(self) -> Ramp:
-        assert self.ramp is not None, "on_fit_start has not run"
-        return self.ramp
-
-    @property
     def _training(self) -> TrainingSample:
         assert self._sample is not None, "on_fit_start has not run"
         return self._sample
 
-    @property
-    def _is_done(self) -> bool:
-        return self._last_point is not None and self._last_point >= self._clock.end
-
-    @property
-    def _declared(self) -> str:
-        """What the run is to reach and when, to recognise a checkpoint of the same run."""
-        importance = self.importance if isinstance(self.importance, str) else "a function"
-        way = f"{self.schedule}, {self.spread}, {self.penalty}, {importance}"
-        return f"{self.goal}, {way}, {self.ignored_layers}"
-
-    # --- The plan ---------------------------------------------------------------------------------
-
-    def _continue(self, state: dict[str, Any], network: nn.Module) -> bool:
+    def _resume(self, state: dict[str, Any], network: nn.Module) -> bool:
         """Go on where a checkpoint of the same run left off; false if it is of another run."""
-        if state["declared"] != self._declared:
-            rank_zero_info(
-                f"{type(self).__name__}: the checkpoint was written under other arguments ("
-                f"{state['declared']}); from its structure the new schedule leads to the new plan."
-            )
+        then = "from its structure the new schedule leads to the new plan."
+        if not self.is_same_run(state, then):
             return False
         progress = ChannelProgress.from_state_dict(state["progress"])
         if misfit(network, progress.now) is not None:
             return False  # the weights of another time were loaded before it was saved
         self._progress = progress
-        # The run keeps the moments it was started with, also when max_epochs has grown.
-        self.ramp, self._last_point = Ramp(**state["ramp"]), state["last_point"]
+        self._clock.resume(state)
         self._penalty_begin, self._next_keep = state["penalty_begin"], state["next_keep"]
         return True
 
     # --- The cuts ---------------------------------------------------------------------------------
 
     def _cut_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        point = self._clock.update_point(current_moment(trainer, pl_module, self.schedule.unit))
-        if point is None or (self._last_point is not None and point <= self._last_point):
+        point = self._clock.due(trainer, pl_module)
+        if point is None:
             return
         network = find_uncompiled_network(pl_module)
         ahead = self._next_keep
         keep = self._choose(trainer, pl_module, point) if ahead is None else ahead
-        self._last_point, self._next_keep = point, None
+        self._clock.last_point, self._next_keep = point, None
         if not bool(keep.all()):
             self._way.now = cut_and_mend(
                 trainer, pl_module, network, self._way.now, keep, self._training.inputs,
@@ -381,23 +338,18 @@ class ChannelPruning(pl.Callback):
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, point: int) -> Tensor:
         """The channels that stay once the schedule has reached ``point``; rank 0 decides."""
         way, network = self._way, find_uncompiled_network(pl_module)
-        if self._last_point is None and self.goal.allocation == "global":
+        if self._clock.last_point is None and self.goal.allocation == "global":
             ChannelWay(trainer, network, self._training, self.goal, self.importance).plan_again(way)
         scores = channel_scores(trainer, network, way.now, self.importance, self._training)
-        keep = way.choose(self._clock.value(point, 0.0, 1.0), scores)
+        keep = way.choose(self._clock.active_ramp.value(point, 0.0, 1.0), scores)
         agreed: Tensor = trainer.strategy.broadcast(keep, src=0)
         return agreed
 
     def _log(self, trainer: pl.Trainer, network: nn.Module) -> None:
         metrics = measured_after_cut(network, self._way.now, self._training)
         shown = ", ".join(f"{n.removeprefix('channels/')} {v:,}" for n, v in metrics.items())
-        rank_zero_info(f"{type(self).__name__}: {self.schedule.unit} {self._last_point}: {shown}")
+        moment = f"{self._clock.active_ramp.unit} {self._clock.last_point}"
+        rank_zero_info(f"{type(self).__name__}: {moment}: {shown}")
         if trainer.loggers:
             metrics |= {f"channels/group/{name}": number for name, number in self.kept.items()}
             tracking.log_metrics(trainer, metrics)
-
-    def _let_go(self) -> None:
-        self._sample = None
-        for wrapper in self._bound:
-            wrapper.remove()
-        self._bound.clear()

@@ -13,14 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
 from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.callbacks.lightning.network_calls import find_network, is_compiled
-from lit_compress.callbacks.lightning.requirements import (
-    refuse_sharded_strategy,
-    refuse_spawned_processes,
-)
-from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
 from lit_compress.callbacks.lightning.validation_in_fit import validation_in_fit
 from lit_compress.callbacks.quantization.post_training_result import PostTrainingResult
@@ -33,9 +29,8 @@ from lit_compress.callbacks.search.searched import (
     LayerBits,
     declared_bits,
     found_bits,
-    refuse_waiting_in_vain,
 )
-from lit_compress.callbacks.stage_order import Stage, StageSpan, check_stage_order
+from lit_compress.callbacks.stage_order import Stage, StageSpan
 from lit_compress.compress.quantization.formats.fixed_point import FixedPoint
 from lit_compress.compress.quantization.formats.linear_kernels import torchao_weights_readable
 from lit_compress.compress.quantization.post_training import (
@@ -61,7 +56,7 @@ _FILE = "quantized.ckpt"
 _CHANGING_WEIGHTS = ("equalization", "adaround")
 
 
-class PostTrainingQuantization(pl.Callback):
+class PostTrainingQuantization(CompressionCallback):
     """Quantizes a network at the end of ``Trainer.fit``, with batches of its training data.
 
     For a network that is trained already, ``Trainer(max_epochs=0)``. Ranges come from the first
@@ -123,6 +118,8 @@ class PostTrainingQuantization(pl.Callback):
         trainer.fit(model, datamodule)
     """
 
+    changes_weights = False
+    changes_structure = True
     compression_stage: Stage = "quantize"
     searched_space: Space = "bits"
 
@@ -163,26 +160,24 @@ class PostTrainingQuantization(pl.Callback):
         self.network = network
         self.result: PostTrainingResult | None = None
         """What it cost and saved; ``None`` until a fit has ended."""
-        self._bound: list[MethodWrapper] = []
 
     # --- The run ----------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Carry the quantization in checkpoints; refuse what cannot work before anything runs."""
-        carry_structure(pl_module)
+        """Refuse what cannot work; let checkpoints be read that hold torchao's weights."""
+        super().setup(trainer, pl_module, stage)
         if self.scheme.method.endswith("_linear"):
-            self._let_go()
             files = trainer.strategy.checkpoint_io
-            self._bound.append(MethodWrapper(files, "load_checkpoint", _reading_torchao))
-        if stage == "fit":
-            name = type(self).__name__
-            refuse_sharded_strategy(trainer, name)
-            refuse_spawned_processes(trainer, name)
-            self._refuse_other_quantization(trainer)
-            refuse_waiting_in_vain(trainer, self)
-            check_stage_order(trainer, pl_module)
+            self.bindings.add(MethodWrapper(files, "load_checkpoint", _reading_torchao))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a second quantization in the same Trainer."""
+        self._check_only_quantization(trainer)
+        super().check_run(trainer, pl_module)
+
+    def start_or_resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Refuse a module that is quantized or compiled already."""
         quantized = quantization_records(pl_module)
         if quantized:
@@ -200,6 +195,7 @@ class PostTrainingQuantization(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate, quantize, validate, and hand over what was found."""
+        self.release()
         # Lightning has brought the module to the CPU by now, and leaves it there.
         pl_module.to(trainer.strategy.root_device)
         try:
@@ -209,9 +205,13 @@ class PostTrainingQuantization(pl.Callback):
         finally:
             pl_module.cpu()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the Trainer."""
-        self._let_go()
+    @property
+    def state_key(self) -> str:
+        """Tells several of these callbacks in one Trainer apart."""
+        return self._generate_state_key(network=self.network)
+
+    def fit_state(self) -> None:
+        """Nothing: it happens at once, when the fit has ended."""
 
     def stage_span(self, resolved: bool) -> StageSpan | None:
         """The end of the run."""
@@ -303,7 +303,7 @@ class PostTrainingQuantization(pl.Callback):
         columns = ("measure", "before", "after", "change")
         tracking.log_table(trainer, "quantization/result", columns, result.rows())
 
-    def _refuse_other_quantization(self, trainer: pl.Trainer) -> None:
+    def _check_only_quantization(self, trainer: pl.Trainer) -> None:
         name = type(self).__name__
         others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         if any(isinstance(other, QuantizationAwareTraining) for other in others):
@@ -317,11 +317,6 @@ class PostTrainingQuantization(pl.Callback):
                 f"there are two {name} callbacks in the Trainer, and a network is quantized once; "
                 "leave one out."
             )
-
-    def _let_go(self) -> None:
-        for wrapper in self._bound:
-            wrapper.remove()
-        self._bound.clear()
 
 
 def _as_rank_zero(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

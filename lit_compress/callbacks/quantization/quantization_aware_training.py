@@ -12,19 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_compress.callbacks.lightning.method_wrapping import Removable
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning.network_calls import find_network
-from lit_compress.callbacks.lightning.requirements import (
-    explain_unreadable_checkpoints,
-    refuse_compiled_module,
-    refuse_nan_loss,
-    refuse_sharded_strategy,
-    refuse_spawned_processes,
-)
-from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
+from lit_compress.callbacks.lightning.requirements import check_not_compiled
+from lit_compress.callbacks.lightning.run_clock import resolve_moments
 from lit_compress.callbacks.lightning.training_sample import draw_batches
 from lit_compress.callbacks.lightning.weight_averages import AverageWatch, num_extra_epochs
-from lit_compress.callbacks.quantization.quantization_moments import QuantizationMoments
 from lit_compress.callbacks.quantization.quantized_training import QuantizedTraining
 from lit_compress.callbacks.quantization.quantizers_in_fit import (
     CallWatch,
@@ -39,17 +32,12 @@ from lit_compress.callbacks.search.searched import (
     LayerBits,
     declared_bits,
     found_bits,
-    refuse_waiting_in_vain,
 )
-from lit_compress.callbacks.stage_order import (
-    Stage,
-    StageSpan,
-    check_resolved_order,
-    check_stage_order,
-)
+from lit_compress.callbacks.stage_order import Stage, StageSpan, check_resolved_order
 from lit_compress.compress.quantization.network import is_quantized, quantized_network
 from lit_compress.compress.quantization.scheme import QuantizationScheme
-from lit_compress.compress.quantization.training_plan import Moment, QuantizationPlan
+from lit_compress.compress.quantization.training_plan import QuantizationMoments, QuantizationPlan
+from lit_compress.compress.schedules import Moment, Unit
 from lit_compress.search.search_result import SearchResult, Space
 from lit_compress.search.settings import CandidateSettings
 
@@ -58,7 +46,7 @@ __all__ = ["QuantizationAwareTraining"]
 Ranges = Literal["observed", "learned"]
 
 
-class QuantizationAwareTraining(pl.Callback):
+class QuantizationAwareTraining(CompressionCallback):
     """Trains a network as if its weights and activations were integers, during ``Trainer.fit``.
 
     Weights (a scale for each output channel) and activations (a scale and a zero point for each)
@@ -124,7 +112,7 @@ class QuantizationAwareTraining(pl.Callback):
         trainer.fit(model, datamodule)
     """
 
-    changes_weights = True
+    changes_structure = True
     compression_stage: Stage = "quantize"
     searched_space: Space = "bits"
 
@@ -138,7 +126,7 @@ class QuantizationAwareTraining(pl.Callback):
         freeze_batch_norm: Moment | None = None,
         freeze_ranges: Moment | None = 0.75,
         initial_weight_bits: int | None = None,
-        unit: Literal["step", "epoch"] = "step",
+        unit: Unit = "step",
         num_calibration_batches: int = 8,
         ignored_layers: Sequence[str] | None = None,
         quantize_first_layer: bool = True,
@@ -174,43 +162,38 @@ class QuantizationAwareTraining(pl.Callback):
 
         self._training: QuantizedTraining | None = None
         self._resumes = False
-        self._restored: dict[str, Any] | None = None
         self._frozen = FrozenBatchNorms()
         self._calls: CallWatch | None = None
-        self._bound: list[Removable] = []
 
     # --- The run ----------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Carry the quantizers in checkpoints; refuse what cannot work before it is loaded."""
-        carry_structure(pl_module)
-        if stage == "fit":
-            self._training = self._restored = None  # evaluating a checkpoint leaves its state here
-            refuse_sharded_strategy(trainer, type(self).__name__)
-            refuse_spawned_processes(trainer, type(self).__name__)
-            refuse_waiting_in_vain(trainer, self)
-            check_stage_order(trainer, pl_module)
-            refuse_compiled_module(pl_module, type(self).__name__)
-            self._bound.append(explain_unreadable_checkpoints(trainer))
+    def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse compiled modules, too, which have fixed what they compute."""
+        super().check_run(trainer, pl_module)
+        check_not_compiled(pl_module, type(self).__name__)
+        self._training = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start_or_resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Fix the moments, or take over those and the quantizers of a checkpoint."""
-        self._let_go()
-        refuse_compiled_module(pl_module, type(self).__name__)  # configure_model may have done it
-        self._refuse_shared_network(trainer, pl_module)
+        check_not_compiled(pl_module, type(self).__name__)  # configure_model may have done it
+        self._check_own_network(trainer, pl_module)
         network = self._network(pl_module)
-        state, self._restored = self._restored, None
-        if state is None or state["declared"] != self._declared or not is_quantized(network):
+        self._resumes = (
+            state is not None
+            and self.is_same_run(state, "the network is calibrated again.")
+            and is_quantized(network)
+        )
+        if state is not None and self._resumes:
+            # The run keeps the moments it was started with, also when max_epochs has grown.
+            plan = QuantizationPlan(**{"unit": self.moments.unit, **state["plan"]})
+            self._training = self._with_plan(plan)
+            self._training.resume(trainer, pl_module)
+        else:
             self._refuse_other_scales(state)
             draw_batches(trainer, 1)  # says so now if there are none
-            plan = self.moments.resolve(trainer, self.scheme, type(self).__name__)
-            self._training = self._with_plan(plan)
-            self._resumes = False
-        else:
-            # The run keeps the moments it was started with, also when max_epochs has grown.
-            self._training = self._with_plan(QuantizationPlan(**state["plan"]))
-            self._resumes = True
-            self._training.resume(trainer, pl_module)
+            self._training = self._with_plan(self._plan(trainer))
         check_resolved_order(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -219,11 +202,11 @@ class QuantizationAwareTraining(pl.Callback):
             self._active.prepare(trainer, pl_module)
         network = self._network(pl_module)
         self._calls = CallWatch(network)
-        self._bound += [
+        self.bindings.add(
             self._calls,
             SteadyScales(trainer, network),
             AverageWatch(trainer, lambda average: follow_in_average(pl_module, network, average)),
-        ]
+        )
         self._active.follow_plan(trainer, pl_module)
 
     def on_train_batch_start(
@@ -237,12 +220,6 @@ class QuantizationAwareTraining(pl.Callback):
             self._frozen.release()  # SWA takes new statistics for its average
         else:
             self._frozen.hold(self._network(pl_module))
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Stop before a NaN reaches the weights."""
-        refuse_nan_loss(loss, trainer)
 
     def on_train_batch_end(
         self,
@@ -277,7 +254,7 @@ class QuantizationAwareTraining(pl.Callback):
         """Say so if the run ended before weights had their bits."""
         self._frozen.release()
         plan, now = self._active.plan, self._active.now
-        name, unit = type(self).__name__, self.moments.unit
+        name, unit = type(self).__name__, plan.unit
         if not quantized_network(self._network(pl_module)).quantizing:
             rank_zero_warn(
                 f"{name}: training ended before {unit} {plan.begin}, where rounding begins; the "
@@ -289,15 +266,11 @@ class QuantizationAwareTraining(pl.Callback):
                 f"are reached at {unit} {plan.bits_end}. Train longer."
             )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of what was bound to the run; the network stays quantized."""
-        self._let_go()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Let go of what was bound to the run."""
-        self._let_go()
+    def release(self) -> None:
+        """Let go of the run; the network stays quantized."""
+        super().release()
+        self._frozen.release()
+        self._calls = None
 
     def on_channels_cut(
         self,
@@ -317,19 +290,17 @@ class QuantizationAwareTraining(pl.Callback):
         """Tells several of these callbacks in one Trainer apart."""
         return self._generate_state_key(network=self.network)
 
-    def state_dict(self) -> dict[str, Any]:
-        """When things happen, as plain data; scales are among the module's weights."""
-        if self._training is None:
-            return self._restored or {}
-        return {
-            "declared": self._declared,
-            "plan": dict(vars(self._training.plan)),
-            "learned": self._training.learns,
-        }
+    @property
+    def declared(self) -> dict[str, Any]:
+        """What is rounded and when."""
+        scheme = replace(self.scheme, layer_bits={}) if self._is_searched else self.scheme
+        return {"scheme": scheme, "moments": self.moments, "searched": self._is_searched}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the fit begins."""
-        self._restored = state_dict or None
+    def fit_state(self) -> dict[str, Any] | None:
+        """When things happen; scales are among the module's weights."""
+        if self._training is None:
+            return None
+        return {"plan": dict(vars(self._training.plan)), "learned": self._training.learns}
 
     # --- A search before it -----------------------------------------------------------------------
 
@@ -350,26 +321,30 @@ class QuantizationAwareTraining(pl.Callback):
             return StageSpan(self.moments.begin, math.inf, self.moments.unit)
         if self._training is None:
             return None
-        return StageSpan(self._training.plan.begin, math.inf, self.moments.unit)
+        return StageSpan(self._training.plan.begin, math.inf, self._training.plan.unit)
 
     @property
     def _active(self) -> QuantizedTraining:
         assert self._training is not None, "on_fit_start has not run"
         return self._training
 
-    def _with_plan(self, plan: QuantizationPlan) -> QuantizedTraining:
-        name, unit, batches = type(self).__name__, self.moments.unit, self.num_calibration_batches
-        return QuantizedTraining(name, self.scheme, plan, unit, self.network, batches)
+    def _plan(self, trainer: pl.Trainer) -> QuantizationPlan:
+        name = type(self).__name__
+        moments, unit = resolve_moments(trainer, self.moments.moments, self.moments.unit, name)
+        last_bits = min((self.scheme.weight_bits, *self.scheme.layer_bits.values()))
+        try:
+            return self.moments.plan(moments, unit, last_bits)
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from error
 
-    @property
-    def _declared(self) -> str:
-        """What the run is to reach and when, to recognise a checkpoint of the same run."""
-        return f"{self.scheme}, {self.moments}"
+    def _with_plan(self, plan: QuantizationPlan) -> QuantizedTraining:
+        name, batches = type(self).__name__, self.num_calibration_batches
+        return QuantizedTraining(name, self.scheme, plan, self.network, batches)
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         return find_network(pl_module, self.network)
 
-    def _refuse_shared_network(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _check_own_network(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = set(self._network(pl_module).modules())
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, QuantizationAwareTraining) and other is not self:
@@ -385,14 +360,7 @@ class QuantizationAwareTraining(pl.Callback):
         if state is not None and state["learned"]:
             raise MisconfigurationException(
                 f"the optimizer in the checkpoint trains scales that {type(self).__name__} learned "
-                f"under other arguments ({state['declared']}); these ones ({self._declared}) have "
-                "other scales. Resume under the same arguments, or begin a new run from the "
+                f"under other arguments ({state['declared']}); these ones ({self.declared}) have "
+                "other scales. Resume under the same arguments, or start a new run from the "
                 "weights: load_compressed(checkpoint, module), then fit without ckpt_path."
             )
-
-    def _let_go(self) -> None:
-        self._frozen.release()
-        for removable in self._bound:
-            removable.remove()
-        self._bound.clear()
-        self._calls = None

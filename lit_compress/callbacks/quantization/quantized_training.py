@@ -40,7 +40,6 @@ class QuantizedTraining:
         callback: The callback's name, for messages.
         scheme: What is quantized.
         plan: When what happens.
-        unit: What the plan counts, ``"step"`` or ``"epoch"``.
         network_name: Dotted name of the network in the LightningModule, or ``None``.
         num_calibration_batches: Training batches for the first ranges.
 
@@ -53,7 +52,6 @@ class QuantizedTraining:
         callback: str,
         scheme: QuantizationScheme,
         plan: QuantizationPlan,
-        unit: str,
         network_name: str | None,
         num_calibration_batches: int,
     ) -> None:
@@ -61,7 +59,6 @@ class QuantizedTraining:
         self.plan = plan
         self.now = 0
         self._callback = callback
-        self._unit = unit
         self._network_name = network_name
         self._num_batches = num_calibration_batches
         self._calibrated_at: int | None = None
@@ -82,7 +79,7 @@ class QuantizedTraining:
         quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
         rank_zero_info(f"{self._callback}: {quantization.placement}")
         quantization.least_weight_bits = self.plan.first_bits
-        self.now = current_moment(trainer, pl_module, self._unit)
+        self.now = current_moment(trainer, pl_module, self.plan.unit)
         self._calibrate(trainer, pl_module, sample)
         quantization.set_mode(observing=False, quantizing=False)
         train_scales(trainer, network)
@@ -97,7 +94,7 @@ class QuantizedTraining:
 
     def follow_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The mode and the bits of the next step, for the network and the averages of it."""
-        self.now = now = current_moment(trainer, pl_module, self._unit)
+        self.now = now = current_moment(trainer, pl_module, self.plan.unit)
         plan, network = self.plan, self._network(pl_module)
         quantization = quantized_network(network)
         averages = quantizers_of_averages(trainer, pl_module, network)

@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.distillation.teacher import copy_network, digest
 from lit_compress.callbacks.lightning.network_calls import find_uncompiled_network
 from lit_compress.callbacks.lightning.processes import agreed, agreed_interrupts, in_first_process
-from lit_compress.callbacks.lightning.requirements import (
-    refuse_sharded_strategy,
-    refuse_spawned_processes,
-)
+from lit_compress.callbacks.lightning.requirements import check_strategy
 from lit_compress.callbacks.lightning.resident_validation import ResidentValidation, ValidationBatch
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
 from lit_compress.callbacks.search.candidates import (
@@ -59,7 +57,7 @@ __all__ = ["RatioSearch", "SearcherKind"]
 SearcherKind: TypeAlias = Literal["ddpg", "random", "rules", "sensitivity"]
 
 
-class RatioSearch(pl.Callback):
+class RatioSearch(CompressionCallback):
     """Finds how much of each layer to keep under a budget, when ``Trainer.fit`` begins.
 
     A tuner in the manner of Lightning's ``LearningRateFinder``: it works in ``on_fit_start`` on
@@ -113,6 +111,8 @@ class RatioSearch(pl.Callback):
         pruning = ChannelPruning(plan="searched")
         Trainer(max_epochs=6, callbacks=[search, pruning]).fit(model, datamodule)
     """
+
+    changes_weights = False
 
     def __init__(
         self,
@@ -171,28 +171,21 @@ class RatioSearch(pl.Callback):
         self.folder = None if folder is None else Path(folder)
         self.seed = seed
         self.result: SearchResult | None = None
-        self._restored: dict[str, Any] | None = None
 
     # --- The run ----------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything is loaded."""
-        if stage == "fit":
-            self._restored = None
-            refuse_sharded_strategy(trainer, type(self).__name__)
-            refuse_spawned_processes(trainer, type(self).__name__)
+    def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse strategies under which processes could not cut as it says."""
+        check_strategy(trainer, type(self).__name__, changes_structure=True)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start_or_resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
+    ) -> None:
         """Search, or take what the run that is resumed had found; hand it over."""
-        state, self._restored = self._restored, None
         if state is not None:
             self.result = SearchResult.from_json(state["result"])
-            if state["declared"] != self._declared:
-                rank_zero_warn(
-                    f"{type(self).__name__}: the run that is resumed searched with other arguments "
-                    f"({state['declared']}), and what it found stays. To search anew, begin a new "
-                    "run from its weights."
-                )
+            then = "what it found stays. To search again, start a new run from its weights."
+            self.is_same_run(state, then, warn=True)
         else:
             # As it would be in a moment; random numbers of the user's own loader count as ever.
             trainer.fit_loop.setup_data()
@@ -209,22 +202,21 @@ class RatioSearch(pl.Callback):
         """Tells searches over different spaces in one Trainer apart."""
         return self._generate_state_key(space=self.space)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The result, so that a run that is resumed does not search again."""
-        if self._restored is not None or self.result is None:
-            return self._restored or {}
-        return {"declared": self._declared, "result": self.result.to_json()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the result until the fit begins."""
-        self._restored = state_dict or None
-
     @property
-    def _declared(self) -> str:
-        """What is searched for, to recognise a checkpoint of the same search."""
-        reward = self.reward if isinstance(self.reward, str) else "a function"
-        words = f"{self.target}, reward {reward}, tolerance {self.tolerance}"
-        return f"{self.space}, {words}, {self.metric}, {self.candidates}"
+    def declared(self) -> dict[str, Any]:
+        """What is searched for."""
+        return {
+            "space": self.space,
+            "target": self.target,
+            "reward": self.reward,
+            "tolerance": self.tolerance,
+            "metric": self.metric,
+            "candidates": self.candidates,
+        }
+
+    def fit_state(self) -> dict[str, Any] | None:
+        """The result, so that a run that is resumed does not search again."""
+        return None if self.result is None else {"result": self.result.to_json()}
 
     # --- The search -------------------------------------------------------------------------------
 

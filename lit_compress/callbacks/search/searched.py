@@ -21,12 +21,12 @@ __all__ = [
     "LayerBits",
     "TakesSearched",
     "WayToCut",
+    "check_search_before",
     "declared_bits",
     "found_bits",
     "found_sparsities",
     "hand_over",
     "refuse_layers",
-    "refuse_waiting_in_vain",
 ]
 
 SEARCHED = "searched"
@@ -61,8 +61,8 @@ class TakesSearched(Protocol):
         """
 
 
-def refuse_waiting_in_vain(trainer: pl.Trainer, callback: TakesSearched) -> None:
-    """Refuse a callback that waits for a search which does not come before it.
+def check_search_before(trainer: pl.Trainer, callback: TakesSearched) -> None:
+    """Check that a callback which waits for a search is listed after one.
 
     To be called in the ``setup`` of a fit.
 

@@ -3,12 +3,95 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-__all__ = ["Moment", "QuantizationPlan", "check_moments"]
+from lit_compress.compress.schedules import Moment, Unit, check_moment, check_unit
 
-Moment: TypeAlias = int | float
-"""A float is a fraction of the run, in [0, 1]; an int a number of steps or epochs."""
+__all__ = ["QuantizationMoments", "QuantizationPlan"]
+
+_END = "the end of the run"
+
+
+@dataclass(frozen=True)
+class QuantizationMoments:
+    """When what happens, as a user declares it: a fraction of the run or a number of ``unit``.
+
+    Attributes:
+        begin: Rounding begins.
+        freeze_batch_norm: Batch norms use their running statistics; ``None`` for never.
+        freeze_ranges: Observed ranges stop moving; ``None`` for never.
+        initial_weight_bits: Bits of weights when rounding begins, up to 8; ``None`` for those in
+            the end, which come with ``freeze_ranges`` or the end of the run.
+        unit: ``"step"`` or ``"epoch"``.
+
+    Raises:
+        ValueError: If a value is out of range or of the wrong kind.
+    """
+
+    begin: Moment
+    freeze_batch_norm: Moment | None
+    freeze_ranges: Moment | None
+    initial_weight_bits: int | None
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        check_unit(self.unit)
+        for name, moment in self.moments.items():
+            check_moment(name, moment, unit=self.unit)
+
+    @property
+    def moments(self) -> dict[str, Moment]:
+        """The moments that were given, by name; and the end of the run where bits need it."""
+        given: dict[str, Moment | None] = {
+            "begin": self.begin,
+            "freeze_batch_norm": self.freeze_batch_norm,
+            "freeze_ranges": self.freeze_ranges,
+        }
+        if self.initial_weight_bits is not None and self.freeze_ranges is None:
+            given[_END] = 1.0
+        return {name: m for name, m in given.items() if m is not None or name == "begin"}  # type: ignore[misc]
+
+    def check_bits(self, final: int) -> None:
+        """Check that weights begin with as many bits as they end with, or more.
+
+        Args:
+            final: Bits in the end, 2 to 8.
+
+        Raises:
+            ValueError: If they do not, or with more than 8.
+        """
+        initial = self.initial_weight_bits
+        if initial is None:
+            return
+        if isinstance(initial, bool) or not isinstance(initial, int) or not final <= initial <= 8:
+            raise ValueError(
+                f"initial_weight_bits is {initial!r}; expected a whole number from weight_bits "
+                f"({final}) to 8, or nothing."
+            )
+
+    def plan(self, moments: dict[str, int], unit: Unit, last_bits: int) -> QuantizationPlan:
+        """The plan of one run.
+
+        Args:
+            moments: Those of :attr:`moments`, as whole numbers.
+            unit: What they count.
+            last_bits: The lowest number of bits that weights have in the end.
+
+        Raises:
+            ValueError: If bits would have no time to go.
+        """
+        begin, freeze_ranges = moments["begin"], moments.get("freeze_ranges")
+        first = last_bits if self.initial_weight_bits is None else self.initial_weight_bits
+        end = begin
+        if first > last_bits:
+            end = moments[_END] if freeze_ranges is None else freeze_ranges
+            if end <= begin:
+                raise ValueError(
+                    f"weights lose bits from begin ({unit} {begin}) to freeze_ranges ({unit} "
+                    f"{end}), which is not later. Begin earlier, freeze ranges later, or leave "
+                    "initial_weight_bits out."
+                )
+        frozen = moments.get("freeze_batch_norm")
+        return QuantizationPlan(begin, frozen, freeze_ranges, end, first, last_bits, unit)
 
 
 @dataclass(frozen=True)
@@ -22,6 +105,7 @@ class QuantizationPlan:
         bits_end: Weights have their last bits.
         first_bits: Bits of weights when rounding begins.
         last_bits: Bits in the end, at most ``first_bits``.
+        unit: What the moments count.
     """
 
     begin: int
@@ -30,6 +114,7 @@ class QuantizationPlan:
     bits_end: int
     first_bits: int
     last_bits: int
+    unit: Unit = "step"
 
     def rounds(self, now: int) -> bool:
         """Whether values are rounded in the step after ``now`` steps."""
@@ -54,25 +139,3 @@ class QuantizationPlan:
             return self.last_bits
         passed = max(now - self.begin, 0) / max(self.bits_end - self.begin, 1)
         return self.first_bits - int(passed * (self.first_bits - self.last_bits) + 1e-9)
-
-
-def check_moments(begin: Any, freeze_batch_norm: Any, freeze_ranges: Any, unit: Any) -> None:
-    """Refuse moments that are none.
-
-    Raises:
-        ValueError: If one is negative, a fraction above 1, or of the wrong kind; or ``unit`` is
-            unknown.
-    """
-    if unit not in ("step", "epoch"):
-        raise ValueError(f"unit is {unit!r}; choose 'step' or 'epoch'.")
-    moments = {"begin": begin, "freeze_batch_norm": freeze_batch_norm,
-               "freeze_ranges": freeze_ranges}  # fmt: skip
-    for name, moment in moments.items():
-        if moment is None and name != "begin":
-            continue
-        is_number = isinstance(moment, int | float) and not isinstance(moment, bool)
-        if not is_number or moment < 0 or (isinstance(moment, float) and not moment <= 1):
-            raise ValueError(
-                f"{name} is {moment!r}; expected a fraction of the run from 0.0 to 1.0, or a whole "
-                f"number of {unit}s."
-            )

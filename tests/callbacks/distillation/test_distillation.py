@@ -590,7 +590,9 @@ def test_a_snapshot_is_the_network_as_it_was_at_begin():
 
 
 def test_a_fraction_of_an_endless_run_is_refused():
-    with pytest.raises(MisconfigurationException, match=r"begin is 0.5.*has no end.*max_epochs"):
+    with pytest.raises(
+        MisconfigurationException, match=r"begin is 0.5.*no known length.*max_epochs"
+    ):
         fit(seeded(), [Distillation(begin=0.5)], max_epochs=-1)
 
 
@@ -652,7 +654,7 @@ def test_the_side_file_is_a_plain_state_dict_and_the_checkpoint_holds_no_teacher
 def test_the_moment_stays_when_a_resumed_run_is_longer(tmp_path):
     run(tmp_path / "short", begin=0.75, max_epochs=2)  # begins at step 12
     _, callback = run(tmp_path / "long", tmp_path / "short" / "epoch=0.ckpt", begin=0.75)
-    assert callback._begin_step == 12
+    assert callback._clock.ramp.begin == 12
 
 
 def test_a_moved_checkpoint_finds_its_snapshot_beside_it_or_where_it_was_written(tmp_path):
@@ -795,7 +797,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         ({"task_loss_weight": -0.1}, "task_loss_weight is -0.1, expected"),
         ({"distill_loss_weight": math.nan}, "distill_loss_weight is nan"),
         ({"task_loss_weight": 0, "distill_loss_weight": 0}, "are both 0.*nothing to train"),
-        ({"begin": -1}, "begin is -1, expected an optimizer step"),
+        ({"begin": -1}, "begin is -1, expected a number of steps"),
         ({"begin": 1.5}, r"begin is 1.5.*\[0, 1\]"),
         ({"begin": math.nan}, "begin is nan"),
         ({"begin": True}, "begin is True"),

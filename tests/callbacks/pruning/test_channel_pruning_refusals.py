@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_compress import ChannelPenalty, ChannelPlan, ChannelPruning, Schedule
+from lit_compress.compress.schedules import Ramp
 from tests.callbacks.channel_fits import WideNet, fit, pruning
 from tests.callbacks.nets import ManualNet, Net, loader, trainer
 
@@ -163,13 +164,25 @@ class Stream(IterableDataset):
 
 def test_runs_of_unknown_length():
     stream = DataLoader(Stream(), 8)
-    callback = pruning(schedule=Schedule("constant", begin=0.5, end=0.5))
-    message = "ChannelPruning: the schedule holds fractions of the run .* no known length"
+    message = r"ChannelPruning: begin is 0\.5, a fraction of the run, .* no known length"
+    callback = pruning(schedule=Schedule("constant", begin=0.5, end=8, update_every=1))
     refused(MisconfigurationException, message, callback, data=stream)
     callback = pruning(at=3, penalty=ChannelPenalty(0.1, begin=0.5))
-    message = "begin is 0.5 of a run that has no known length. Set max_epochs or"
+    message = r"penalty\.begin is 0\.5, a fraction .* Set max_epochs or"
     refused(MisconfigurationException, message, callback, data=stream)
     fit(pruning(at=3, penalty=ChannelPenalty(0.1, begin=1)), data=stream)
+
+
+def test_fractions_of_a_run_of_which_only_epochs_are_known_are_rounded_to_epochs(caplog):
+    callback = pruning(
+        schedule=Schedule("linear", begin=0.0, end=0.5, update_every=0.25),
+        penalty=ChannelPenalty(0.1, begin=0.0),
+    )
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        module = fit(callback, data=DataLoader(Stream(), 8))
+    assert callback.ramp == Ramp("linear", 0, 1, 1, "epoch")  # of 2 epochs
+    assert "the length of an epoch is not known, so fractions of the run are rounded" in caplog.text
+    assert module.model[4].out_channels == 8
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
@@ -220,5 +233,5 @@ def test_the_callback_can_be_used_again_after_a_refusal():
     refused(MisconfigurationException, "out of order", callback, module=Failing)
     module = fit(callback)
     assert module.model[4].out_channels == 8
-    assert callback._bound == []
+    assert not callback.bindings
     assert callback._sample is None

@@ -367,7 +367,7 @@ def refused(message, callback=None, *others, error=MisconfigurationException, **
 def test_a_second_quantization():
     refused("are in the same Trainer, and a network is quantized once", None,
             QuantizationAwareTraining())  # fmt: skip
-    refused("there are two PostTrainingQuantization callbacks", None, quantization())
+    refused("there are two PostTrainingQuantization callbacks", None, quantization(network="model"))
     for method in ("static", "float16"):
         _, module = fit(quantization(method=method, save=False))
         before = {n: v.clone() for n, v in module.state_dict().items() if torch.is_tensor(v)}

@@ -127,14 +127,17 @@ def test_training_that_is_resumed_does_not_search_again(name, tmp_path, monkeypa
     assert same_state(module, again)
     assert resumed[0].result == whole[0].result
     for ours, theirs in zip(resumed, whole, strict=True):
-        assert ours._declared == theirs._declared
+        assert ours.declared == theirs.declared
 
 
 def test_a_resumed_run_under_another_target_keeps_what_was_found(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="last")
     fit(first := search(), ChannelPruning(plan="searched"), save, enable_checkpointing=True)
     other, pruning = search(0.7), ChannelPruning(plan="searched")
-    with pytest.warns(UserWarning, match=r"searched with other arguments .*what it found stays"):
+    with pytest.warns(
+        UserWarning,
+        match=r"target_macs_ratio is 0.7, was 0.5.; what it found stays",
+    ):
         fit(other, pruning, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert other.result == first.result
     assert pruning.kept == first.result.plan.kept

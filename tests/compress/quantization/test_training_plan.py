@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_compress.compress.quantization.training_plan import QuantizationPlan, check_moments
+from lit_compress.compress.quantization.training_plan import QuantizationMoments, QuantizationPlan
 
 BITS = st.integers(2, 8)
 
@@ -39,28 +39,45 @@ def test_bits_fall_one_at_a_time_from_the_first_to_the_last(begin, length, one, 
         assert not steps or max(steps) - min(steps) <= 1
 
 
+def moments(begin=0, freeze_batch_norm=None, freeze_ranges=None, bits=None, unit="step"):
+    return QuantizationMoments(begin, freeze_batch_norm, freeze_ranges, bits, unit)
+
+
 @pytest.mark.parametrize("moment", [0, 3, 0.0, 0.5, 1.0])
 def test_moments_that_make_sense_pass(moment):
-    assert check_moments(moment, moment, moment, "step") is None
-    assert check_moments(moment, None, None, "epoch") is None
+    assert moments(moment, moment, moment).moments == dict.fromkeys(
+        ("begin", "freeze_batch_norm", "freeze_ranges"), moment
+    )
+    assert moments(moment, unit="epoch").moments == {"begin": moment}
 
 
 @pytest.mark.parametrize("moment", [-1, -0.5, 1.5, float("nan"), float("inf"), "1", True, [1]])
-def test_moments_that_make_none_are_refused(moment):
-    for arguments, name in (
-        ((moment, None, None), "begin"),
-        ((0, moment, None), "freeze_batch_norm"),
-        ((0, None, moment), "freeze_ranges"),
-    ):
-        with pytest.raises(ValueError, match=f"{name} is .*; expected a fraction of the run"):
-            check_moments(*arguments, "epoch")
+@pytest.mark.parametrize("name", ["begin", "freeze_batch_norm", "freeze_ranges"])
+def test_moments_that_make_none_are_refused(moment, name):
+    with pytest.raises(ValueError, match=f"{name} is .*, expected a "):
+        moments(**{name: moment}, unit="epoch")
 
 
 def test_rounding_has_to_begin():
     with pytest.raises(ValueError, match="begin is None"):
-        check_moments(None, None, None, "step")
+        moments(None)
 
 
 def test_units_are_two():
-    with pytest.raises(ValueError, match="unit is 'batch'; choose 'step' or 'epoch'"):
-        check_moments(0, None, None, "batch")
+    with pytest.raises(ValueError, match="unit is 'batch', expected 'step' or 'epoch'"):
+        moments(unit="batch")
+
+
+def test_bits_fall_until_ranges_are_frozen_or_the_run_ends():
+    assert moments(0, freeze_ranges=0.5, bits=8).moments == {"begin": 0, "freeze_ranges": 0.5}
+    until_frozen = moments(2, freeze_ranges=9, bits=8).plan(
+        {"begin": 2, "freeze_ranges": 9}, "step", 4
+    )
+    assert (until_frozen.first_bits, until_frozen.bits_end, until_frozen.last_bits) == (8, 9, 4)
+    at_the_end = moments(2, bits=8)
+    resolved = {name: 40 if m == 1.0 else m for name, m in at_the_end.moments.items()}
+    assert at_the_end.plan(resolved, "epoch", 4).bits_end == 40
+    with pytest.raises(
+        ValueError, match=r"begin \(step 9\) to freeze_ranges \(step 9\), which is not"
+    ):
+        moments(9, freeze_ranges=9, bits=8).plan({"begin": 9, "freeze_ranges": 9}, "step", 4)
