@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_compress.arguments import differences, plain_arguments
+from lit_compress.callbacks.lightning.loader_states import restore_loader_states
 from lit_compress.callbacks.lightning.method_wrapping import Bindings
 from lit_compress.callbacks.lightning.requirements import (
     check_nan_loss,
@@ -100,6 +101,8 @@ class CompressionCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start a run, or go on where the checkpoint left off."""
         self.release()
+        if trainer.ckpt_path is not None:
+            self.bindings.add(restore_loader_states(trainer))
         state, self._restored = self._restored, None
         self.start_or_resume(trainer, pl_module, state)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
@@ -105,5 +107,12 @@ def zeros(module: nn.Module, names: list[str] | None = None) -> int:
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Whether two modules' states are equal bit by bit."""
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    return _same(a.state_dict(), b.state_dict())
+
+
+def _same(ours: object, theirs: object) -> bool:
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        return ours.keys() == theirs.keys() and all(_same(ours[k], theirs[k]) for k in ours)
+    return ours == theirs

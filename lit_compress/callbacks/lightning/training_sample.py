@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.data import DataLoader
 
 from lit_compress.callbacks.distillation.teacher import copy_network
+from lit_compress.callbacks.lightning.loader_states import fresh_loaders
 from lit_compress.callbacks.lightning.network_calls import NetworkCalls
 from lit_compress.measure import ExampleInputs
 from lit_compress.measure.inputs import with_batch_size
@@ -172,14 +173,13 @@ def draw_batches(trainer: pl.Trainer, num_batches: int) -> list[Any]:
     Raises:
         MisconfigurationException: If there are none.
     """
-    trainer.fit_loop.setup_data()
-    combined = trainer.fit_loop._combined_loader
+    combined, loaders = fresh_loaders(trainer)
     wanted = int(min(num_batches, trainer.num_training_batches))
     batches = []
     if combined is not None:  # it is where limit_train_batches=0
         with isolate_rng():
             torch.manual_seed(_SEED)
-            stream = CombinedLoader(tree_map(beside, combined.iterables), combined._mode)
+            stream = CombinedLoader(tree_map(beside, loaders), combined._mode)
             batches = [item[0] for item in itertools.islice(iter(stream), wanted)]
     if not batches:
         raise MisconfigurationException(

@@ -15,6 +15,7 @@ from torch import nn
 
 from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.loader_states import fresh_loaders
 from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.callbacks.lightning.network_calls import find_network, is_compiled
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
@@ -179,6 +180,7 @@ class PostTrainingQuantization(CompressionCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: dict[str, Any] | None
     ) -> None:
         """Refuse a module that is quantized or compiled already."""
+        fresh_loaders(trainer)  # what is calibrated on in the end
         quantized = quantization_records(pl_module)
         if quantized:
             raise MisconfigurationException(

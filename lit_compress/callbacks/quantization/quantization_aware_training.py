@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_compress.callbacks.base import CompressionCallback
+from lit_compress.callbacks.lightning.loader_states import fresh_loaders
 from lit_compress.callbacks.lightning.network_calls import find_network
 from lit_compress.callbacks.lightning.requirements import check_not_compiled
 from lit_compress.callbacks.lightning.run_clock import resolve_moments
@@ -180,6 +181,7 @@ class QuantizationAwareTraining(CompressionCallback):
         check_not_compiled(pl_module, type(self).__name__)  # configure_model may have done it
         self._check_own_network(trainer, pl_module)
         network = self._network(pl_module)
+        fresh_loaders(trainer)  # what is calibrated on later
         self._resumes = (
             state is not None
             and self.is_same_run(state, "the network is calibrated again.")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.distillation.teacher import copy_network, digest
+from lit_compress.callbacks.lightning.loader_states import fresh_loaders
 from lit_compress.callbacks.lightning.network_calls import find_uncompiled_network
 from lit_compress.callbacks.lightning.processes import agreed, agreed_interrupts, in_first_process
 from lit_compress.callbacks.lightning.requirements import check_strategy
@@ -188,7 +189,7 @@ class RatioSearch(CompressionCallback):
             self.is_same_run(state, then, warn=True)
         else:
             # As it would be in a moment; random numbers of the user's own loader count as ever.
-            trainer.fit_loop.setup_data()
+            fresh_loaders(trainer)
             with _undisturbed(pl_module):
                 self.result = self._search(trainer, pl_module)
         takers = hand_over(trainer, self.result, self.candidates)

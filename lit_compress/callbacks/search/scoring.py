@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lit_compress.callbacks.lightning.loader_states import fresh_loaders
 from lit_compress.callbacks.lightning.processes import agreed, summed
 from lit_compress.callbacks.lightning.resident_validation import ResidentValidation, ValidationBatch
 from lit_compress.callbacks.lightning.training_sample import beside, on_device
@@ -253,11 +254,10 @@ def _validation_data(trainer: pl.Trainer) -> list[ValidationBatch]:
 def _training_data(
     trainer: pl.Trainer, num_examples: int, num_skipped: int
 ) -> list[ValidationBatch]:
-    trainer.fit_loop.setup_data()
-    combined = trainer.fit_loop._combined_loader
+    combined, loaders = fresh_loaders(trainer)
     if combined is None:
         return []
-    stream = CombinedLoader(tree_map(beside, combined.iterables), combined._mode)
+    stream = CombinedLoader(tree_map(beside, loaders), combined._mode)
     batches: list[ValidationBatch] = []
     seen = 0
     for item in itertools.islice(iter(stream), num_skipped, None):
