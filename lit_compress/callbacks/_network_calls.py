@@ -177,6 +177,17 @@ def find_uncompiled_network(pl_module: LightningModule) -> nn.Module:
     return original
 
 
+def name_of_network(pl_module: LightningModule, network: nn.Module | None = None) -> str:
+    """The dotted name of a network in the LightningModule; empty where it is the module itself.
+
+    Args:
+        pl_module: The module.
+        network: A part of it; by default what :func:`find_network` finds.
+    """
+    network = find_network(pl_module, None) if network is None else network
+    return plain_name(next(name for name, part in pl_module.named_modules() if part is network))
+
+
 def is_compiled(pl_module: LightningModule) -> bool:
     """Whether the module or a part of it runs through ``torch.compile``."""
     return pl_module._compiler_ctx is not None or any(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._method_wrapping import Removable
+from lit_compress.callbacks._network_calls import name_of_network
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
@@ -162,6 +163,7 @@ class MagnitudeSparsity(pl.Callback):
             ignored_layers=self.ignored_layers,
             layer_types=self.layer_types,
             pattern=self.target.pattern,
+            network=name_of_network(pl_module),
         )
         rank_zero_info(f"{type(self).__name__}: {self.selection}")
         named = {plain_name(name): p for name, p in pl_module.named_parameters()}
@@ -379,7 +381,8 @@ class MagnitudeSparsity(pl.Callback):
             return
         if self._last_point is not None and point <= self._last_point:
             return
-        scheduled = self.target.scheduled(ramp, point, weights.sizes)
+        taken_by = self.selection.taken_by if self.selection else {}
+        scheduled = self.target.scheduled(ramp, point, weights.sizes, taken_by)
         alone = trainer.world_size == 1
         agree = None if alone else lambda masks: trainer.strategy.broadcast(masks, src=0)
         weights.update(scheduled.num_zeros, agree)

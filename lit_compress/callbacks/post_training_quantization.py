@@ -15,7 +15,7 @@ from torch import nn
 
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._method_wrapping import MethodWrapper
-from lit_compress.callbacks._network_calls import find_network, is_compiled
+from lit_compress.callbacks._network_calls import find_network, is_compiled, name_of_network
 from lit_compress.callbacks._post_training_result import PostTrainingResult
 from lit_compress.callbacks._quantizers_in_fit import clustered_weights
 from lit_compress.callbacks._requirements import refuse_sharded_strategy, refuse_spawned_processes
@@ -260,6 +260,7 @@ class PostTrainingQuantization(pl.Callback):
             [(one.args, one.kwargs) for one in inputs],
             lambda net, batch: net(*batch[0], **batch[1]),
             clustered,
+            name_of_network(pl_module, network),
         )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from lit_compress.callbacks import tracking
 from lit_compress.callbacks._clustering_order import refuse_moving_masks
 from lit_compress.callbacks._method_wrapping import Removable
+from lit_compress.callbacks._network_calls import name_of_network
 from lit_compress.callbacks._requirements import (
     explain_unreadable_checkpoints,
     refuse_nan_loss,
@@ -161,6 +161,7 @@ class WeightClustering(pl.Callback):
             layers=self.layers,
             ignored_layers=self.ignored_layers,
             layer_types=self.layer_types,
+            network=name_of_network(pl_module),
         )
         rank_zero_info(f"{type(self).__name__}: {_summary(self.selection)}")
         named = {plain_name(name): p for name, p in pl_module.named_parameters()}
@@ -291,8 +292,8 @@ class WeightClustering(pl.Callback):
         """The number of clusters of a parameter."""
         if isinstance(self.num_clusters, int):
             return self.num_clusters
-        layer = name.rpartition(".")[0]
-        return next(k for glob, k in self.num_clusters.items() if fnmatchcase(layer, glob))
+        assert self.selection is not None, "on_fit_start has chosen the layers"
+        return self.num_clusters[self.selection.taken_by[name]]
 
     def _start_or_resume(self, trainer: pl.Trainer) -> None:
         state, self._restored = self._restored, None
