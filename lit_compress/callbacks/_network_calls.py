@@ -139,9 +139,9 @@ def find_layer(module: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: If there is none; the nearest names are given.
     """
-    modules: dict[str, nn.Module] = {
-        plain_name(known): layer for known, layer in module.named_modules()
-    }
+    modules: dict[str, nn.Module] = {}
+    for known, layer in module.named_modules():
+        modules.setdefault(plain_name(known), layer)
     if name in modules:
         return modules[name]
     nearest = difflib.get_close_matches(name, list(modules), n=3, cutoff=0.5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_compress.callbacks._channel_scores import channel_scores, run_network
 from lit_compress.callbacks._network_calls import name_of_network
 from lit_compress.callbacks._processes import in_first_process, summed
-from lit_compress.callbacks._teacher import copy_network
+from lit_compress.callbacks._teacher import copy_uncompiled
 from lit_compress.callbacks._training_sample import TrainingSample
 from lit_compress.compress.channels.groups import ChannelGroups
 from lit_compress.compress.channels.normal_equations import NormalEquations
@@ -80,7 +80,7 @@ def candidate_space(
     Raises:
         ValueError: If nothing can be searched, or a name pattern matches nothing.
     """
-    dense = copy_network(network).eval()
+    dense = copy_uncompiled(network).eval()
     example = sample.inputs[0].as_example()
     rows = () if example is None else layer_complexity(dense, example)
     layer_macs = {row.name: row.macs or 0 for row in rows}

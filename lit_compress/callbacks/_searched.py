@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_compress.callbacks._network_calls import find_uncompiled_network
+from lit_compress.callbacks._network_calls import find_layer, find_uncompiled_network
 from lit_compress.compress.channels.importance import Importance
 from lit_compress.search.search_result import SearchResult, Space
 from lit_compress.search.settings import CandidateSettings
@@ -176,7 +176,7 @@ def found_sparsities(
     assert result is not None, "setup has seen to a search"
     assert result.budget is not None, "a search over sparsity has one"
     network = find_uncompiled_network(pl_module)
-    layers = {name: network.get_submodule(name) for name in result.sparsities}
+    layers = {name: find_layer(network, name) for name in result.sparsities}
     sizes = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
     target = 1 - result.budget[1] / sum(sizes.values())
     exact = exact_sparsities(result.sparsities, sizes, target)

@@ -65,9 +65,9 @@ class MagnitudeSparsity(pl.Callback):
 
     Args:
         final_sparsity: Zeros / weights at the end of the schedule, in [0, 1). Or a mapping from
-            name patterns of layers (``*`` and ``?``) to the sparsity of each; the first pattern
-            that matches a layer counts, and layers that none matches stay dense. Or
-            ``"searched"``: what the ``RatioSearch`` listed before it finds.
+            name patterns of layers to the sparsity of each; the first pattern that matches a layer
+            counts, and layers that none matches stay dense. Or ``"searched"``: what the
+            ``RatioSearch`` listed before it finds.
         initial_sparsity: Zeros / weights at the begin of the schedule, in [0, final_sparsity].
         schedule: When the sparsity moves from initial to final.
         allocation: How a single ``final_sparsity`` is shared among layers: ``"uniform"`` (the
@@ -76,7 +76,8 @@ class MagnitudeSparsity(pl.Callback):
         pattern: ``"unstructured"``; ``"2:4"`` and the like (2 of 4 consecutive input channels are
             kept; quote it in YAML); or blocks such as ``"4x1"`` (4 output channels, 1 input).
         layers: Name patterns of the layers to make sparse; all of ``layer_types`` by default.
-        ignored_layers: Name patterns of the layers to leave dense.
+        ignored_layers: Name patterns of the layers to leave dense. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         layer_types: Kinds of layers to make sparse, of ``"conv"``, ``"depthwise"``, ``"linear"``,
             ``"attention"``, ``"recurrent"``, ``"embedding"``. Norms and biases never are.
 

@@ -92,7 +92,8 @@ class PostTrainingQuantization(pl.Callback):
             ``"equalization"`` (Nagel et al. 2019, section 4.1), ``"adaround"`` (Nagel et al. 2020)
             and ``"bias_correction"`` (Nagel et al. 2019, section 4.2), applied in this order.
         num_calibration_batches: Training batches to draw, at least 1.
-        ignored_layers: Name patterns (within the network) of layers left in floating point.
+        ignored_layers: Name patterns of layers left in floating point. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         fixed_point: Method, bits and overflow rate of ``"fixed_point"``; ``None`` for the defaults
             of :class:`~lit_compress.compress.quantization.fixed_point_record.FixedPoint`.
         dirpath: Folder for the checkpoint; by default that of the Trainer's ``ModelCheckpoint``, or

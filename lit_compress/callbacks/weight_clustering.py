@@ -65,8 +65,8 @@ class WeightClustering(pl.Callback):
 
     Args:
         num_clusters: The most distinct values of each weight, in [2, 256]; 16 take 4 bits a weight.
-            Or a mapping from name patterns of layers (``*`` and ``?``) to the number of each; the
-            first pattern that matches a layer counts, and layers that none matches are left alone.
+            Or a mapping from name patterns of layers to the number of each; the first pattern that
+            matches a layer counts, and layers that none matches are skipped.
         init: How k-means begins: ``"kmeans++"``, ``"density"`` or ``"linear"`` (see
             :func:`~lit_compress.compress.clustering.kmeans`).
         begin: When the weights are clustered: a float is a fraction of the run, in [0, 1], an int
@@ -76,7 +76,8 @@ class WeightClustering(pl.Callback):
         preserve_sparsity: Whether weights that are zero when they are clustered stay exactly zero;
             zero then counts as one of the values.
         layers: Name patterns of the layers to cluster; all of ``layer_types`` by default.
-        ignored_layers: Name patterns of the layers to leave alone.
+        ignored_layers: Name patterns of the layers to skip. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         layer_types: Kinds of layers to cluster, of ``"conv"``, ``"depthwise"``, ``"linear"``,
             ``"attention"``, ``"recurrent"``, ``"embedding"``. Norms and biases never are.
 

@@ -53,9 +53,9 @@ def match_layers(
 ) -> dict[str, str]:
     """Find the layers that name patterns take; every callback and command chooses layers by it.
 
-    Patterns match names in the LightningModule and in its network: with ``self.model = network``,
-    ``"model.layer1.*"`` and ``"layer1.*"`` are the same layers. A pattern that is itself a name in
-    the network takes that layer alone. Names are those before ``torch.compile``.
+    Patterns match names in the LightningModule and in its network: ``"model.layer1.*"`` or
+    ``"layer1.*"``. A pattern that is itself a name in the network takes that layer alone. Names are
+    those before ``torch.compile``.
 
     Args:
         argument: The argument that holds the patterns, for the message.
