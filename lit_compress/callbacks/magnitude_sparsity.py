@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.network_calls import name_of_network
 from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
 from lit_compress.callbacks.search.searched import found_sparsities, refuse_layers
@@ -59,9 +60,9 @@ class MagnitudeSparsity(CompressionCallback):
 
     Args:
         final_sparsity: Zeros / weights at the end of the schedule, in [0, 1). Or a mapping from
-            name patterns of layers (``*`` and ``?``) to the sparsity of each; the first pattern
-            that matches a layer counts, and layers that none matches stay dense. Or
-            ``"searched"``: what the ``RatioSearch`` listed before it finds.
+            name patterns of layers to the sparsity of each; the first pattern that matches a layer
+            counts, and layers that none matches stay dense. Or ``"searched"``: what the
+            ``RatioSearch`` listed before it finds.
         initial_sparsity: Zeros / weights at the begin of the schedule, in [0, final_sparsity].
         schedule: When the sparsity moves from initial to final.
         allocation: How a single ``final_sparsity`` is shared among layers: ``"uniform"`` (the
@@ -70,7 +71,8 @@ class MagnitudeSparsity(CompressionCallback):
         pattern: ``"unstructured"``; ``"2:4"`` and the like (2 of 4 consecutive input channels are
             kept; quote it in YAML); or blocks such as ``"4x1"`` (4 output channels, 1 input).
         layers: Name patterns of the layers to make sparse; all of ``layer_types`` by default.
-        ignored_layers: Name patterns of the layers to leave dense.
+        ignored_layers: Name patterns of the layers to leave dense. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         layer_types: Kinds of layers to make sparse, of ``"conv"``, ``"depthwise"``, ``"linear"``,
             ``"attention"``, ``"recurrent"``, ``"embedding"``. Norms and biases never are.
 
@@ -145,6 +147,7 @@ class MagnitudeSparsity(CompressionCallback):
             ignored_layers=self.ignored_layers,
             layer_types=self.layer_types,
             pattern=self.target.pattern,
+            network=name_of_network(pl_module),
         )
         rank_zero_info(f"{type(self).__name__}: {self.selection}")
         named = {plain_name(name): p for name, p in pl_module.named_parameters()}
@@ -336,7 +339,8 @@ class MagnitudeSparsity(CompressionCallback):
         if point is None or weights.is_settled:
             return
         ramp = self._clock.active_ramp
-        scheduled = self.target.scheduled(ramp, point, weights.sizes)
+        taken_by = self.selection.taken_by if self.selection else {}
+        scheduled = self.target.scheduled(ramp, point, weights.sizes, taken_by)
         alone = trainer.world_size == 1
         agree = None if alone else lambda masks: trainer.strategy.broadcast(masks, src=0)
         weights.update(scheduled.num_zeros, agree)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.network_calls import name_of_network
 from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
@@ -62,8 +62,8 @@ class WeightClustering(CompressionCallback):
 
     Args:
         num_clusters: The most distinct values of each weight, in [2, 256]; 16 take 4 bits a weight.
-            Or a mapping from name patterns of layers (``*`` and ``?``) to the number of each; the
-            first pattern that matches a layer counts, and layers that none matches are left alone.
+            Or a mapping from name patterns of layers to the number of each; the first pattern that
+            matches a layer counts, and layers that none matches are skipped.
         init: How k-means begins: ``"kmeans++"``, ``"density"`` or ``"linear"`` (see
             :func:`~lit_compress.compress.clustering.kmeans.kmeans`).
         begin: When the weights are clustered: a float is a fraction of the run, in [0, 1], an int
@@ -73,7 +73,8 @@ class WeightClustering(CompressionCallback):
         preserve_sparsity: Whether weights that are zero when they are clustered stay exactly zero;
             zero then counts as one of the values.
         layers: Name patterns of the layers to cluster; all of ``layer_types`` by default.
-        ignored_layers: Name patterns of the layers to leave alone.
+        ignored_layers: Name patterns of the layers to skip. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         layer_types: Kinds of layers to cluster, of ``"conv"``, ``"depthwise"``, ``"linear"``,
             ``"attention"``, ``"recurrent"``, ``"embedding"``. Norms and biases never are.
         unit: What a whole number in ``begin`` counts, ``"step"`` or ``"epoch"``.
@@ -150,6 +151,7 @@ class WeightClustering(CompressionCallback):
             layers=self.layers,
             ignored_layers=self.ignored_layers,
             layer_types=self.layer_types,
+            network=name_of_network(pl_module),
         )
         rank_zero_info(f"{type(self).__name__}: {_summary(self.selection)}")
         named = {plain_name(name): p for name, p in pl_module.named_parameters()}
@@ -269,8 +271,8 @@ class WeightClustering(CompressionCallback):
         """The number of clusters of a parameter."""
         if isinstance(self.num_clusters, int):
             return self.num_clusters
-        layer = name.rpartition(".")[0]
-        return next(k for glob, k in self.num_clusters.items() if fnmatchcase(layer, glob))
+        assert self.selection is not None, "on_fit_start has chosen the layers"
+        return self.num_clusters[self.selection.taken_by[name]]
 
     def _check_own_weights(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]

@@ -58,7 +58,8 @@ def analysis_parser() -> CommandParser:
         "--ignored-layers",
         type=str,
         default="",
-        help="Name patterns of layers to leave whole, as in 'stem,layer1.*'.",
+        help="Name patterns of layers to leave whole, as in 'stem,layer1.*'. Patterns match names "
+        "in the LightningModule and in its network: 'model.layer1.*' or 'layer1.*'.",
     )
     add("--tolerance", type=float, default=0.01, help="Loss of metric that the plan may cost.")
     add("--metric", type=str | None, help="What the plan goes by; by default top-1 or accuracy.")

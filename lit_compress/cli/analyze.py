@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from lit_compress.callbacks.lightning import tracking
+from lit_compress.callbacks.lightning.network_calls import name_of_network
 from lit_compress.callbacks.lightning.resident_validation import (
     ResidentValidation,
     record_validation,
@@ -109,7 +110,10 @@ def _channel_groups(subject: Subject, ignored_layers: Sequence[str]) -> ChannelG
         )
     args, kwargs = as_call(with_batch_size(inputs, 2))
     return find_channel_groups(
-        subject.network, lambda model: model(*args, **kwargs), ignored_layers
+        subject.network,
+        lambda model: model(*args, **kwargs),
+        ignored_layers,
+        name_of_network(subject.module),
     )
 
 

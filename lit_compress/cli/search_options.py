@@ -134,7 +134,8 @@ def _parser() -> CommandParser:
         "--ignored_layers",
         type=str,
         default="",
-        help="Name patterns of layers to leave whole, as in 'stem,layer1.*'.",
+        help="Name patterns of layers to leave whole, as in 'stem,layer1.*'. Patterns match names "
+        "in the LightningModule and in its network: 'model.layer1.*' or 'layer1.*'.",
     )
     parser.add_class_arguments(ScoringSettings, as_group=False)
     add("--accelerator", type=str, default="auto", help="As for the Trainer.")

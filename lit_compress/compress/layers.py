@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, cast, get_args
 
@@ -14,7 +15,16 @@ from torch.nn.utils import parametrize
 
 from lit_compress.compress.sparsity.patterns import SparsityPattern
 
-__all__ = ["LayerType", "Selection", "SkippedWeight", "refuse_bare_string", "select_weights"]
+__all__ = [
+    "LayerType",
+    "Selection",
+    "SkippedWeight",
+    "first_match",
+    "match_layers",
+    "plain_name",
+    "refuse_bare_string",
+    "select_weights",
+]
 
 LayerType = Literal["conv", "depthwise", "linear", "attention", "recurrent", "embedding"]
 LAYER_TYPES: tuple[str, ...] = get_args(LayerType)
@@ -31,6 +41,69 @@ def refuse_bare_string(name: str, value: object) -> None:
     """
     if isinstance(value, str):
         raise ValueError(f"{name} is the string {value!r}; give a list, as in [{value!r}].")
+
+
+def plain_name(name: str) -> str:
+    """A qualified name as it was before ``torch.compile`` wrapped a part of the module."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def match_layers(
+    argument: str, patterns: Iterable[str], names: Iterable[str], prefix: str = ""
+) -> dict[str, str]:
+    """Find the layers that name patterns take; every callback and command chooses layers by it.
+
+    Patterns match names in the LightningModule and in its network: ``"model.layer1.*"`` or
+    ``"layer1.*"``. A pattern that is itself a name in the network takes that layer alone. Names are
+    those before ``torch.compile``.
+
+    Args:
+        argument: The argument that holds the patterns, for the message.
+        patterns: ``*`` stands for any characters, ``?`` for one, ``[ab]`` for one of these.
+        names: Names of layers in the network.
+        prefix: The network's dotted name in the LightningModule; empty where that is the network.
+
+    Returns:
+        The names that are matched, in the order given, each with the first pattern that matches it.
+
+    Raises:
+        ValueError: If a pattern matches no layer; the nearest names are given.
+
+    Examples:
+        >>> match_layers("ignored_layers", ["model.a.*", "?"], ["a.conv", "a.fc", "b"], "model")
+        {'a.conv': 'model.a.*', 'a.fc': 'model.a.*', 'b': '?'}
+    """
+    plain = {name: plain_name(name) for name in names}
+    full = {name: f"{prefix}.{short}".strip(".") for name, short in plain.items()}
+    first: dict[str, str] = {}
+    for pattern in patterns:
+        taken = [n for n in plain if pattern in (plain[n], glob.escape(plain[n]))] or [
+            n for n in plain if fnmatchcase(plain[n], pattern) or fnmatchcase(full[n], pattern)
+        ]
+        if not taken:
+            spelled = full if prefix and pattern.startswith(f"{prefix}.") else plain
+            raise _unmatched_pattern(argument, pattern, list(spelled.values()))
+        for name in taken:
+            first.setdefault(name, pattern)
+    return {name: first[name] for name in plain if name in first}
+
+
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """The first of some patterns that matches one name, or ``None``; for patterns that are stored.
+
+    What users write goes through :func:`match_layers`, which knows both of a layer's names.
+    """
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def _unmatched_pattern(argument: str, pattern: str, names: list[str]) -> ValueError:
+    """The error for a name pattern that matches no layer, with the nearest names there are."""
+    alike = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.3)
+    return ValueError(
+        f"{argument} holds the pattern {pattern!r}, which matches none of the {len(names)} layers "
+        f"there are to choose from; the nearest names are "
+        f"{', '.join(map(repr, alike or names[:3])) or 'none'}."
+    )
 
 
 @dataclass(frozen=True)
@@ -54,11 +127,14 @@ class Selection:
         names: Qualified names of the parameters to be made sparse, in the module's order.
         skipped: The other parameters with two or more dimensions, each with the reason.
         num_other: Parameters with fewer dimensions (norms, biases), which are never chosen.
+        taken_by: For each name the first pattern of ``layers`` that matches its layer; empty where
+            there are no such patterns.
     """
 
     names: tuple[str, ...]
     skipped: tuple[SkippedWeight, ...]
     num_other: int
+    taken_by: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.names)} weights are made sparse."]
@@ -68,11 +144,6 @@ class Selection:
         if self.num_other:
             lines.append(f"  {self.num_other} biases and norm parameters: never pruned")
         return "\n".join(lines)
-
-
-def plain_name(name: str) -> str:
-    """A qualified name as it was before ``torch.compile`` or DDP wrapped a part of the module."""
-    return name.replace("_orig_mod.", "")
 
 
 def layer_type(module: nn.Module, parameter: str) -> str | None:
@@ -100,18 +171,21 @@ def select_weights(
     ignored_layers: Sequence[str] | None = None,
     layer_types: Sequence[str] = ("conv", "linear", "attention", "recurrent"),
     pattern: SparsityPattern | None = None,
+    network: str = "",
+    prefix: str = "",
 ) -> Selection:
     """Choose the weights to be made sparse by name and by type.
 
     Args:
         module: The module to look into.
-        layers: Name patterns (``*`` and ``?``) of the layers to take, matched against the
-            qualified names of modules, as in ``"model.layer3.*"``; all by default.
-        ignored_layers: Name patterns of the layers to leave alone.
+        layers: Name patterns of the layers to take; all by default. See :func:`match_layers`.
+        ignored_layers: Name patterns of the layers to skip.
         layer_types: The kinds of layers to take: ``"conv"``, ``"depthwise"``, ``"linear"``,
             ``"attention"`` (the packed projections of ``nn.MultiheadAttention``), ``"recurrent"``
             and ``"embedding"``.
         pattern: A sparsity pattern; weights that it does not fit are skipped.
+        network: Dotted name of the network in the module, where the module is a LightningModule.
+        prefix: Dotted name of the module in a LightningModule, where the module is a network.
 
     Returns:
         What was chosen and what was not, with the reasons.
@@ -124,54 +198,48 @@ def select_weights(
         raise ValueError(
             f"layer_types holds {unknown[0]!r}, expected some of {', '.join(LAYER_TYPES)}."
         )
-    names: list[str] = []
-    skipped: list[SkippedWeight] = []
+    found: list[tuple[str, str, nn.Module, torch.Tensor]] = []
     num_other = 0
-    owners: dict[str, str] = {}  # qualified names of the layers that have a weight
-    seen: dict[int, str] = {}  # parameters that are shared between layers count once
     for owner_name, owner in module.named_modules():
         if isinstance(owner, parametrize.ParametrizationList):
             continue
         for short, parameter in _named_weights(owner):
-            name = plain_name(f"{owner_name}.{short}" if owner_name else short)
-            kind = layer_type(owner, short)
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            if not lazy and parameter.dim() < 2:
-                num_other += 1
-                continue
-            layer = name.rpartition(".")[0]
-            owners.setdefault(layer, name)
-            reason = _reason_to_skip(
-                layer, kind, owner, short, parameter, layers, ignored_layers, layer_types, pattern
-            )
-            if reason is None and id(parameter) in seen:
-                reason = f"is the same tensor as {seen[id(parameter)]}"
-            if reason is None:
-                seen[id(parameter)] = name
-                names.append(name)
+            if lazy or parameter.dim() >= 2:
+                found.append((plain_name(owner_name), short, owner, parameter))
             else:
-                skipped.append(SkippedWeight(name, reason))
-    for what, globs in (("layers", layers), ("ignored_layers", ignored_layers)):
-        for glob in globs or ():
-            if not any(fnmatchcase(layer, glob) for layer in owners):
-                raise _unmatched_pattern(what, glob, owners)
-    selection = Selection(tuple(names), tuple(skipped), num_other)
+                num_other += 1
+    inside = {layer: f"{layer}.".removeprefix(f"{network}.").rstrip(".") for layer, *_ in found}
+    taken, ignored = (
+        match_layers(argument, patterns or (), inside.values(), prefix or network)
+        for argument, patterns in (("layers", layers), ("ignored_layers", ignored_layers))
+    )
+    names: list[str] = []
+    skipped: list[SkippedWeight] = []
+    seen: dict[int, str] = {}  # parameters that are shared between layers count once
+    for layer, short, owner, parameter in found:
+        name = f"{layer}.{short}".lstrip(".")
+        kind = layer_type(owner, short)
+        if kind in layer_types and inside[layer] in ignored:
+            reason: str | None = "matches ignored_layers"
+        elif kind in layer_types and layers is not None and inside[layer] not in taken:
+            reason = "matches none of layers"
+        else:
+            reason = _reason_to_skip(kind, owner, short, parameter, layer_types, pattern)
+        if reason is None and id(parameter) in seen:
+            reason = f"is the same tensor as {seen[id(parameter)]}"
+        if reason is None:
+            seen[id(parameter)] = name
+            names.append(name)
+        else:
+            skipped.append(SkippedWeight(name, reason))
     if not names:
         raise ValueError(
             "no layer is left to be made sparse; name other layers or layer_types.\n"
             + "\n".join(f"  {s.name}: {s.reason}" for s in skipped)
         )
-    return selection
-
-
-def _unmatched_pattern(what: str, glob: str, names: Iterable[str]) -> ValueError:
-    """The error for a name pattern that matches no layer, with the nearest names there are."""
-    names = list(names)
-    nearest = difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
-    return ValueError(
-        f"{what} holds the pattern {glob!r}, which matches none of the module's {len(names)} "
-        f"layers; the nearest names are {', '.join(map(repr, nearest))}."
-    )
+    taken_by = {name: taken[inside[name.rpartition(".")[0]]] for name in names if taken}
+    return Selection(tuple(names), tuple(skipped), num_other, taken_by)
 
 
 def _named_weights(owner: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -187,13 +255,10 @@ def _named_weights(owner: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _reason_to_skip(
-    layer: str,
     kind: str | None,
     owner: nn.Module,
     short: str,
     parameter: torch.Tensor,
-    layers: Sequence[str] | None,
-    ignored_layers: Sequence[str] | None,
     layer_types: Sequence[str],
     pattern: SparsityPattern | None,
 ) -> str | None:
@@ -201,10 +266,6 @@ def _reason_to_skip(
         return f"{type(owner).__name__} is no layer type that can be made sparse"
     if kind not in layer_types:
         return f"its type, {kind}, is not among layer_types"
-    if any(fnmatchcase(layer, glob) for glob in ignored_layers or ()):
-        return "matches ignored_layers"
-    if layers is not None and not any(fnmatchcase(layer, glob) for glob in layers):
-        return "matches none of layers"
     if owner._parameters.get(short) is not parameter:
         return "is computed by a parametrization, which would undo a mask"
     if isinstance(parameter, nn.parameter.UninitializedParameter):

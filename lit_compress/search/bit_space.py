@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lit_compress.compress.layer_weights import layer_weights
-from lit_compress.compress.layers import layer_type
+from lit_compress.compress.layers import layer_type, match_layers
 from lit_compress.compress.quantization.affine import MAX_BITS, MIN_BITS, Grid, fake_quantize
 from lit_compress.compress.quantization.sizes import stored_bytes
 from lit_compress.compress.quantization.weight_scales import mse_weight_scale
@@ -107,14 +106,15 @@ class BitSpace:
 
 
 def quantizable_layers(
-    network: nn.Module, ignored_layers: Sequence[str] | None = None
+    network: nn.Module, ignored_layers: Sequence[str] | None = None, prefix: str = ""
 ) -> list[str]:
     """Layers whose bits can be searched: convolutions, depthwise ones too, and linear ones.
 
     Args:
         network: The network.
-        ignored_layers: Name patterns (``*`` and ``?``) of layers to leave in floating point, as
-            the first and the last one often are.
+        ignored_layers: Name patterns of layers to leave in floating point, as the first and the
+            last one often are; see :func:`~lit_compress.compress.layers.match_layers`.
+        prefix: Dotted name of the network in a LightningModule, which patterns may begin with.
 
     Returns:
         Their names in the network's order, of layers that share a weight the first.
@@ -122,24 +122,14 @@ def quantizable_layers(
     Raises:
         ValueError: If a pattern matches no layer, or nothing is left.
     """
-    ignored_layers = ignored_layers or ()
     named: dict[int, str] = {}
     for name, module in network.named_modules():
         weight = module._parameters.get("weight")
         is_layer = layer_type(module, "weight") in ("conv", "depthwise", "linear")
         if weight is not None and is_layer and not isinstance(module, _NOT_QUANTIZED):
             named.setdefault(id(weight), name)
-    for glob in ignored_layers:
-        if not any(fnmatchcase(name, glob) for name in named.values()):
-            raise ValueError(
-                f"ignored_layers holds the pattern {glob!r}, which matches none of the layers "
-                f"{', '.join(map(repr, named.values()))}."
-            )
-    left = [
-        name
-        for name in named.values()
-        if not any(fnmatchcase(name, glob) for glob in ignored_layers)
-    ]
+    ignored = match_layers("ignored_layers", ignored_layers or (), named.values(), prefix)
+    left = [name for name in named.values() if name not in ignored]
     if not left:
         raise ValueError(
             f"no layer of {type(network).__name__} is left to search the bits of; it needs a "

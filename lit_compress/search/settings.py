@@ -117,7 +117,8 @@ class CandidateSettings:
         importance: Which channels stay; see
             :func:`~lit_compress.compress.channels.importance.channel_importance`.
         num_calibration_batches: Training batches for least squares; 0 for plain cuts.
-        ignored_layers: Name patterns of layers to leave whole.
+        ignored_layers: Name patterns of layers to leave whole. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
 
     Raises:
         ValueError: If a value is out of range.

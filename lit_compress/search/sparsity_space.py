@@ -104,12 +104,16 @@ class SparsitySpace:
         return self._copies(chosen_levels(self.decisions, choice)).eval()
 
 
-def sparse_layers(network: nn.Module, ignored_layers: Sequence[str] | None = None) -> list[str]:
+def sparse_layers(
+    network: nn.Module, ignored_layers: Sequence[str] | None = None, prefix: str = ""
+) -> list[str]:
     """Layers whose sparsity can be searched: convolutions, except depthwise ones, and linear ones.
 
     Args:
         network: The network.
-        ignored_layers: Name patterns (``*`` and ``?``) of layers to leave dense.
+        ignored_layers: Name patterns of layers to leave dense; see
+            :func:`~lit_compress.compress.layers.match_layers`.
+        prefix: Dotted name of the network in a LightningModule, which patterns may begin with.
 
     Returns:
         Their names in the network's order.
@@ -118,7 +122,7 @@ def sparse_layers(network: nn.Module, ignored_layers: Sequence[str] | None = Non
         ValueError: If a pattern matches no layer, or nothing is left.
     """
     selection = select_weights(
-        network, ignored_layers=ignored_layers, layer_types=("conv", "linear")
+        network, ignored_layers=ignored_layers, layer_types=("conv", "linear"), prefix=prefix
     )
     return [name.removesuffix(".weight") for name in selection.names]
 

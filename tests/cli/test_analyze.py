@@ -271,6 +271,13 @@ def test_analyses_of_something_else_are_not_continued(capsys, checkpoint, run_fo
     assert file.read_text() == before[:100]
 
 
+@pytest.mark.parametrize("name", ["3", "model.3", "model.[3]"])
+def test_layers_are_named_as_in_the_module_or_in_the_network(checkpoint, name):
+    assert main(["analyze", str(checkpoint), "--steps=1", f"--ignored-layers={name}"]) == 0
+    result = SensitivityResult.load("sensitivity/sensitivity.json")
+    assert [group.name for group in result.groups] == ["0", "6"]
+
+
 def test_what_cannot_be_analyzed_is_said(capsys, checkpoint):
     error = refused
     assert "nothing says which model to analyze" in error(capsys)
@@ -285,7 +292,8 @@ def test_what_cannot_be_analyzed_is_said(capsys, checkpoint):
         "--input-shape=1,x": "--input-shape is '1,x'",
         "--limit-val-batches=0": "the validation data are empty",
         "--metric=val_top2": "'val_top2' is not logged by the validation; what is: 'val_loss'",
-        "--ignored-layers=nowhere": "'nowhere', which matches none",
+        "--ignored-layers=nowhere": "'nowhere', which matches none of the",
+        "--ignored-layers=model.3x": "the nearest names are 'model.3'",
     }.items():
         assert said in error(capsys, checkpoint, option), option
     assert "--metric is needed" in error(capsys, config("Regression"), "--input-shape=8")

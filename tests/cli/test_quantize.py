@@ -57,8 +57,10 @@ def test_a_checkpoint_and_a_packed_file(capsys, checkpoint):
     assert all(bool((packed[n][sparse[n] == 0] == 0).all()) for n in weights)
 
 
-def test_options_are_those_of_the_callback(capsys, checkpoint, config):
-    options = ["--weight_bits=4", '--layer_bits={"0": 8}', '--ignored_layers=["6"]',
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_options_are_those_of_the_callback(capsys, checkpoint, config, prefix):
+    options = ["--weight_bits=4", f'--layer_bits={{"{prefix}0": 8}}',
+               f'--ignored_layers=["{prefix}6"]',
                '--corrections=["bias_correction"]', "--ranges=percentile", "--percentile=99.9",
                "--num_calibration_batches=2", "--limit_val_batches=2"]  # fmt: skip
     assert (
@@ -66,7 +68,8 @@ def test_options_are_those_of_the_callback(capsys, checkpoint, config):
     )
     printed = capsys.readouterr().out
     assert (
-        "4-bit weights, but {'0': 8}, 8-bit activations, percentile ranges, bias_correc" in printed
+        f"4-bit weights, but {{'{prefix}0': 8}}, 8-bit activations, percentile ranges, bias_correc"
+        in printed
     )
     assert "6: it is in ignored_layers" in printed
     module = ImageClassifier(model="digits_cnn", model_args={"width": 4})
@@ -106,7 +109,7 @@ def test_what_is_refused(capsys, checkpoint, config):
     found = refused(capsys, checkpoint, output, "--method=float16", "--weight_bits=4")
     assert "weight_bits is 4, which method='float16' has no use for" in found
     found = refused(capsys, checkpoint, output, '--ignored_layers=["head"]')
-    assert "ignored_layers has 'head', which matches no layer" in found
+    assert "'head', which matches none of the 4 layers" in found
     assert not Path("q.ckpt").exists()
     assert main(["quantize", str(checkpoint), output]) == 0
     found = refused(capsys, "q.ckpt", config, "--output=twice.ckpt")

@@ -170,6 +170,14 @@ def test_wandb_gets_episodes_table_plot_and_files(checkpoint, monkeypatch):
     assert finished == [1]
 
 
+@pytest.mark.parametrize("name", ["3", "model.3", "model.[3]"])
+def test_layers_are_named_as_in_the_module_or_in_the_network(checkpoint, name):
+    arguments = [*CPU, "--target-macs-ratio=0.7", "--num-episodes=1", f"--ignored-layers={name}"]
+    assert main(["search", str(checkpoint), *arguments]) == 0
+    result = SearchResult.load("ratio_search/search.json")
+    assert [decision.name for decision in result.decisions] == ["0", "6"]
+
+
 def test_what_cannot_be_searched_is_said(capsys, checkpoint):
     assert "nothing says which model to search" in refused(capsys, *HALF)
     assert "There is no file 'gone.ckpt'" in refused(capsys, "gone.ckpt", *HALF)
@@ -190,7 +198,8 @@ def test_what_cannot_be_searched_is_said(capsys, checkpoint):
     for options, said in {
         "--target-macs-ratio=0.001": "lowest",
         "--target-macs-ratio=0.5 --metric=val_top2": "'val_top2' is not logged by the validation",
-        "--target-macs-ratio=0.5 --ignored-layers=nowhere": "'nowhere', which matches none",
+        "--target-macs-ratio=0.5 --ignored-layers=nowhere": "'nowhere', which matches none of the",
+        "--target-macs-ratio=0.5 --ignored-layers=model.3x": "the nearest names are 'model.3'",
     }.items():
         assert said in refused(capsys, checkpoint, *CPU, *options.split()), options
     assert not Path("ratio_search").exists()

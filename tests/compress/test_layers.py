@@ -1,10 +1,14 @@
+import glob
+
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from lit_compress.compress.layers import select_weights
+from lit_compress.compress.layers import match_layers, plain_name, select_weights
 from lit_compress.compress.sparsity.patterns import Block, NofM
 
 
@@ -105,6 +109,103 @@ def test_compiled_parts_keep_their_plain_names():
 def test_a_pattern_that_matches_nothing_names_the_nearest(argument):
     with pytest.raises(ValueError, match=rf"{argument} holds the pattern 'hed', .*'head'"):
         select_weights(Zoo(), **{argument: ["hed"]})
+
+
+LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "fc"]
+
+
+def matched(patterns, names=LAYERS, prefix="model"):
+    return list(match_layers("ignored_layers", patterns, names, prefix))
+
+
+@pytest.mark.parametrize("prefix", ["model", "deep.inner"])
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("layer1.*", LAYERS[1:3]),
+        ("layer?.0.conv1", [LAYERS[1], LAYERS[3]]),
+        ("layer1.0.conv[23]", [LAYERS[2]]),
+        ("fc", ["fc"]),
+        ("*", LAYERS),
+    ],
+)
+def test_a_pattern_takes_the_same_layers_in_both_spellings(prefix, pattern, found):
+    assert matched([pattern], prefix=prefix) == found
+    assert matched([f"{prefix}.{pattern}"], prefix=prefix) == found
+    assert matched([pattern], prefix="") == found
+
+
+def test_one_list_may_mix_spellings_and_the_first_match_counts():
+    assert match_layers("layer_bits", ["model.fc", "layer1.*", "model.*"], LAYERS, "model") == {
+        "conv1": "model.*",
+        "layer1.0.conv1": "layer1.*",
+        "layer1.0.conv2": "layer1.*",
+        "layer2.0.conv1": "model.*",
+        "fc": "model.fc",
+    }
+    assert match_layers("layer_bits", [], LAYERS, "model") == {}
+
+
+PARTS = st.text("ab*?[]!01_", min_size=1, max_size=4)
+NAMES = st.lists(PARTS, min_size=1, max_size=3).map(".".join)
+
+
+@given(st.lists(NAMES, min_size=1, max_size=6, unique=True), NAMES, st.data())
+def test_a_pattern_equal_to_a_name_takes_exactly_that_layer_in_both_spellings(names, prefix, data):
+    name = data.draw(st.sampled_from(names))
+    assert matched([glob.escape(name)], names, prefix) == [name]
+    assume(f"{prefix}.{name}" not in names)
+    assert matched([glob.escape(f"{prefix}.{name}")], names, prefix) == [name]
+
+
+def test_a_name_that_network_and_module_both_have_is_that_in_the_network():
+    names = ["head", "model.head"]  # in the LightningModule: model.head, model.model.head
+    assert matched(["model.head"], names) == ["model.head"]
+    assert matched(["model.model.head"], names) == ["model.head"]
+    assert matched(["head"], names) == ["head"]
+
+
+@pytest.mark.parametrize("argument", ["layers", "ignored_layers", "num_clusters"])
+def test_the_nearest_names_come_in_the_spelling_of_the_pattern(argument):
+    said = f"{argument} holds the pattern 'conv9', which matches none of the 5 .* 'conv1'"
+    with pytest.raises(ValueError, match=said):
+        match_layers(argument, ["fc", "conv9"], LAYERS, "model")
+    with pytest.raises(ValueError, match="'model.cnv1', .* the nearest names are 'model.conv1'"):
+        match_layers(argument, ["model.cnv1"], LAYERS, "model")
+    with pytest.raises(ValueError, match="'net.fc', .* names are 'fc'"):
+        match_layers(argument, ["net.fc"], LAYERS, "model")
+    with pytest.raises(ValueError, match="none of the 0 layers .* the nearest names are none"):
+        match_layers(argument, ["*"], [], "model")
+
+
+def test_names_are_those_before_compilation():
+    names = ["_orig_mod.stem", "body._orig_mod.0"]
+    assert matched(["body.*"], names) == matched(["model.body.0"], names) == [names[1]]
+    assert plain_name("model._orig_mod") == "model"
+    assert plain_name("my_orig_mod.weight") == "my_orig_mod.weight"
+    with pytest.raises(ValueError, match="the nearest names are 'body.0'"):
+        matched(["body.1"], names)
+
+
+def test_weights_are_chosen_by_both_names_of_their_layers():
+    module = nn.ModuleDict({"net": Zoo(), "loss": nn.Linear(2, 2)})
+    for patterns in (["attention*", "stem"], ["net.attention*", "net.stem"]):
+        inside = select_weights(module["net"], layers=patterns, prefix="net")
+        around = select_weights(module, layers=patterns, network="net")
+        assert around.names == tuple(f"net.{name}" for name in inside.names)
+        assert around.names[0] == "net.stem.weight"
+        assert around.taken_by["net.stem.weight"] == patterns[1]
+        assert around.taken_by["net.attention.in_proj_weight"] == patterns[0]
+    assert select_weights(module, layers=["loss"], network="net").names == ("loss.weight",)
+    with pytest.raises(ValueError, match="'hed', which matches none of .*'head'"):
+        select_weights(module, layers=["hed"], network="net")
+
+
+def test_the_network_itself_may_be_the_layer():
+    module = nn.ModuleDict({"net": nn.Linear(2, 2)})
+    for patterns in (["net"], ["*"]):
+        assert select_weights(module, layers=patterns, network="net").names == ("net.weight",)
+        assert select_weights(module["net"], layers=patterns, prefix="net").names == ("weight",)
 
 
 def test_unknown_types_are_refused():

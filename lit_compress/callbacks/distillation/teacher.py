@@ -22,7 +22,7 @@ from lit_compress.compress.structure import record_of
 from lit_compress.compress.structure_record import STRUCTURE_KEY
 from lit_compress.compress.weight_files import read_checkpoint
 
-__all__ = ["Teacher", "TeacherFile", "copy_network", "digest", "read_remote"]
+__all__ = ["Teacher", "TeacherFile", "copy_network", "copy_uncompiled", "digest", "read_remote"]
 
 _COMPILED_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -152,6 +152,16 @@ def copy_network(network: nn.Module) -> nn.Module:
         # copy these would still run the original.
         for name in _COMPILED_METHODS:
             vars(copied).pop(name, None)
+    return copied
+
+
+def copy_uncompiled(network: nn.Module) -> nn.Module:
+    """A deep copy no part of which is compiled, so that all of its layers have plain names."""
+    copied = copy_network(network)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch._dynamo.OptimizedModule):
+                setattr(module, name, child._orig_mod)
     return copied
 
 

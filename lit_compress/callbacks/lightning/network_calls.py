@@ -139,9 +139,9 @@ def find_layer(module: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: If there is none; the nearest names are given.
     """
-    modules: dict[str, nn.Module] = {
-        plain_name(known): layer for known, layer in module.named_modules()
-    }
+    modules: dict[str, nn.Module] = {}
+    for known, layer in module.named_modules():
+        modules.setdefault(plain_name(known), layer)
     if name in modules:
         return modules[name]
     nearest = difflib.get_close_matches(name, list(modules), n=3, cutoff=0.5)
@@ -175,6 +175,17 @@ def find_uncompiled_network(pl_module: LightningModule) -> nn.Module:
     network = find_network(pl_module, None)
     original: nn.Module = getattr(network, "_orig_mod", network)
     return original
+
+
+def name_of_network(pl_module: LightningModule, network: nn.Module | None = None) -> str:
+    """The dotted name of a network in the LightningModule; empty where it is the module itself.
+
+    Args:
+        pl_module: The module.
+        network: A part of it; by default what :func:`find_network` finds.
+    """
+    network = find_network(pl_module, None) if network is None else network
+    return plain_name(next(name for name, part in pl_module.named_modules() if part is network))
 
 
 def is_compiled(pl_module: LightningModule) -> bool:

@@ -25,6 +25,7 @@ from torchmetrics import Metric
 
 from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.compress.calibration import evaluation_mode
+from lit_compress.compress.layers import plain_name
 
 __all__ = [
     "ResidentValidation",
@@ -197,8 +198,8 @@ def with_network(
     Args:
         pl_module: The module; without its Trainer in the copy.
         network: The network in it, or the module itself.
-        other: A network of the same structure; not copied. Where ``network`` is the module itself,
-            it is what is returned.
+        other: A network of the same structure, compiled or not; not copied. Where ``network`` is
+            the module itself, it is what is returned.
     """
     if network is pl_module:
         assert isinstance(other, pl.LightningModule)
@@ -211,7 +212,8 @@ def with_network(
     memo: dict[int, Any] = {}
     for ours, theirs in pairs:
         by_name: Mapping[str, Any] = dict(theirs)
-        memo |= {id(part): by_name[name] for name, part in ours}
+        for name, part in ours:  # a part may be compiled here and not in the other one
+            memo[id(part)] = by_name[name if name in by_name else plain_name(name)]
     copied: pl.LightningModule = copy.deepcopy(pl_module, memo)
     return copied
 

@@ -96,8 +96,9 @@ class ChannelPruning(CompressionCallback):
             what the candidates of the search were cut with.
         round_to: Channels kept are multiples of it where a group has more, unless a target could
             not be met so.
-        ignored_layers: Name patterns (within the network) of layers that keep their output
-            channels. The first layer's inputs and the last one's outputs always stay.
+        ignored_layers: Name patterns of layers that keep their output channels, as the last one
+            always does. Patterns match names in the LightningModule and in its network:
+            ``"model.layer1.*"`` or ``"layer1.*"``.
 
     Raises:
         ValueError: At construction, if an argument is out of range or two of them disagree. When

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_compress.callbacks.distillation.teacher import copy_network
+from lit_compress.callbacks.lightning.network_calls import name_of_network
 from lit_compress.callbacks.lightning.training_sample import NetworkInput, TrainingSample
 from lit_compress.callbacks.pruning.channel_scores import channel_scores, run_network
 from lit_compress.callbacks.pruning.cut_in_fit import cut_in_fit
@@ -57,6 +58,7 @@ class ChannelWay:
     ) -> None:
         self._trainer = trainer
         self._network = network
+        self._prefix = name_of_network(trainer.lightning_module, network)
         self._sample = sample
         self._goal = goal
         self._importance = importance
@@ -105,7 +107,7 @@ class ChannelWay:
     def _find(self, network: nn.Module, ignored_layers: Sequence[str]) -> ChannelGroups:
         example = self._sample.inputs[0].cut_to(2)
         with torch.compiler.set_stance("force_eager"):
-            return find_channel_groups(network, example.run, ignored_layers)
+            return find_channel_groups(network, example.run, ignored_layers, self._prefix)
 
     def _plan(self, dense: nn.Module, groups: ChannelGroups, now: ChannelGroups) -> ChannelPlan:
         trainer = self._trainer
@@ -127,7 +129,7 @@ class ChannelWay:
         plan = None
         if trainer.is_global_zero or not self._goal.needs_latency:
             layer_macs: Mapping[str, int] = {row.name: row.macs or 0 for row in rows}
-            plan = self._goal.resolve(groups, dense, scores, layer_macs, latency_ms)
+            plan = self._goal.resolve(groups, dense, scores, layer_macs, latency_ms, self._prefix)
         if self._goal.needs_latency:
             plan = trainer.strategy.broadcast(plan, src=0)
         assert plan is not None

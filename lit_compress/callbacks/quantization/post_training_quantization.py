@@ -17,7 +17,11 @@ from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
 from lit_compress.callbacks.lightning.loader_states import fresh_loaders
 from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
-from lit_compress.callbacks.lightning.network_calls import find_network, is_compiled
+from lit_compress.callbacks.lightning.network_calls import (
+    find_network,
+    is_compiled,
+    name_of_network,
+)
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
 from lit_compress.callbacks.lightning.validation_in_fit import validation_in_fit
 from lit_compress.callbacks.quantization.post_training_result import PostTrainingResult
@@ -93,7 +97,8 @@ class PostTrainingQuantization(CompressionCallback):
             ``"equalization"`` (Nagel et al. 2019, section 4.1), ``"adaround"`` (Nagel et al. 2020)
             and ``"bias_correction"`` (Nagel et al. 2019, section 4.2), applied in this order.
         num_calibration_batches: Training batches to draw, at least 1.
-        ignored_layers: Name patterns (within the network) of layers left in floating point.
+        ignored_layers: Name patterns of layers left in floating point. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         fixed_point: Method, bits and overflow rate of ``"fixed_point"``; ``None`` for the defaults
             of :class:`~lit_compress.compress.quantization.formats.fixed_point_record.FixedPoint`.
         dirpath: Folder for the checkpoint; by default that of the Trainer's ``ModelCheckpoint``, or
@@ -267,6 +272,7 @@ class PostTrainingQuantization(CompressionCallback):
             [(one.args, one.kwargs) for one in inputs],
             lambda net, batch: net(*batch[0], **batch[1]),
             clustered,
+            name_of_network(pl_module, network),
         )
 
     @property

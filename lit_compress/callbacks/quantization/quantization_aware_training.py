@@ -91,7 +91,8 @@ class QuantizationAwareTraining(CompressionCallback):
             ``freeze_ranges`` (or the end of the run); ``None`` begins with those they end with.
         unit: What whole numbers count, ``"step"`` or ``"epoch"``.
         num_calibration_batches: Training batches for the first ranges.
-        ignored_layers: Name patterns (within the network) of layers left in floating point.
+        ignored_layers: Name patterns of layers left in floating point. Patterns match names in
+            the LightningModule and in its network: ``"model.layer1.*"`` or ``"layer1.*"``.
         quantize_first_layer: Whether the first layer is quantized.
         quantize_last_layer: Whether the last layer is quantized.
         network: Dotted name of the network in the LightningModule; by default the only child that

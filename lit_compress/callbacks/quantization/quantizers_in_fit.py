@@ -59,7 +59,7 @@ def give_quantizers(
         scheme: What is to be quantized.
         run: Calls the network once.
     """
-    quantization = prepare(network, scheme, run)
+    quantization = prepare(network, scheme, run, plain_name(_name(pl_module, network)))
     record = quantization_record(network)
     assert record is not None
     for average in averaged_modules(trainer):

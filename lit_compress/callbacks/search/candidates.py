@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lit_compress.callbacks.distillation.teacher import copy_network
+from lit_compress.callbacks.distillation.teacher import copy_uncompiled
+from lit_compress.callbacks.lightning.network_calls import name_of_network
 from lit_compress.callbacks.lightning.processes import in_first_process, summed
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
 from lit_compress.callbacks.pruning.channel_scores import channel_scores, run_network
@@ -79,17 +80,20 @@ def candidate_space(
     Raises:
         ValueError: If nothing can be searched, or a name pattern matches nothing.
     """
-    dense = copy_network(network).eval()
+    dense = copy_uncompiled(network).eval()
     example = sample.inputs[0].as_example()
     rows = () if example is None else layer_complexity(dense, example)
     layer_macs = {row.name: row.macs or 0 for row in rows}
+    prefix = name_of_network(trainer.lightning_module, network)
     if space == "channels":
-        return _channels(trainer, dense, layer_macs, target, settings, sample, latency_cache)
+        return _channels(
+            trainer, dense, prefix, layer_macs, target, settings, sample, latency_cache
+        )
     if space == "bits":
-        layers = quantizable_layers(dense, settings.ignored_layers)
+        layers = quantizable_layers(dense, settings.ignored_layers, prefix)
         called = [name for name in layers if layer_macs.get(name)]
         return BitSpace(dense, called or layers, layer_macs)
-    layers = sparse_layers(dense, settings.ignored_layers or None)
+    layers = sparse_layers(dense, settings.ignored_layers, prefix)
     sparse = SparseCopies(dense, layers)
     if settings.num_calibration_batches:
         sparse.gather(
@@ -124,6 +128,7 @@ def measured_latency_ms(network: nn.Module, sample: TrainingSample) -> float:
 def _channels(
     trainer: pl.Trainer,
     dense: nn.Module,
+    prefix: str,
     layer_macs: Mapping[str, int],
     target: SearchTarget,
     settings: CandidateSettings,
@@ -132,7 +137,7 @@ def _channels(
 ) -> ChannelSpace:
     with torch.compiler.set_stance("force_eager"):
         two = sample.inputs[0].cut_to(2)
-        groups = find_channel_groups(dense, two.run, settings.ignored_layers)
+        groups = find_channel_groups(dense, two.run, settings.ignored_layers, prefix)
     if not groups.groups:
         raise ValueError(
             f"{type(dense).__name__} has no channels that can be cut, so there is nothing to "

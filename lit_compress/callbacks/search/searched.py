@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_compress.callbacks.lightning.network_calls import find_uncompiled_network
+from lit_compress.callbacks.lightning.network_calls import find_layer, find_uncompiled_network
 from lit_compress.compress.channels.importance import Importance
-from lit_compress.compress.layers import plain_name
 from lit_compress.search.search_result import SearchResult, Space
 from lit_compress.search.settings import CandidateSettings
 from lit_compress.search.sparsity_space import exact_sparsities
@@ -171,18 +170,17 @@ def found_sparsities(
         pl_module: The module.
 
     Returns:
-        By name patterns, each of which matches one layer of the module: zeros / weights, with which
-        all these layers together have exactly the zeros that the search was told.
+        By name patterns, each of which matches one layer of the network: zeros / weights, with
+        which all these layers together have exactly the zeros that the search was told.
     """
     assert result is not None, "setup has seen to a search"
     assert result.budget is not None, "a search over sparsity has one"
     network = find_uncompiled_network(pl_module)
-    in_module = {id(part): plain_name(name) for name, part in pl_module.named_modules()}
-    layers = {name: network.get_submodule(name) for name in result.sparsities}
+    layers = {name: find_layer(network, name) for name in result.sparsities}
     sizes = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
     target = 1 - result.budget[1] / sum(sizes.values())
     exact = exact_sparsities(result.sparsities, sizes, target)
-    return {glob.escape(in_module[id(layers[name])]): value for name, value in exact.items()}
+    return {glob.escape(name): value for name, value in exact.items()}
 
 
 def declared_bits(layer_bits: LayerBits | None, network: str | None) -> dict[str, int]:

@@ -18,6 +18,7 @@ from lit_compress.compress.channels.order import (
     check_pruning_ratio,
     plan_from_ratios,
     plan_from_scores,
+    ratios_of_groups,
     uniform_plan,
 )
 from lit_compress.compress.channels.plan import ChannelPlan
@@ -110,6 +111,7 @@ class ChannelGoal:
         scores: Tensor,
         layer_macs: Mapping[str, int],
         latency_ms: Callable[[ChannelPlan], float],
+        prefix: str = "",
     ) -> ChannelPlan:
         """The plan for a model.
 
@@ -120,6 +122,7 @@ class ChannelGoal:
                 between groups where ``allocation`` is ``"global"``.
             layer_macs: Multiply-adds of each layer of the dense model, by module name.
             latency_ms: Measures the model that a plan leaves; called only for a latency target.
+            prefix: Dotted name of the model in a LightningModule, which patterns may begin with.
 
         Raises:
             ValueError: If a plan is for another model or its file is damaged, a name pattern
@@ -130,10 +133,12 @@ class ChannelGoal:
             plan = self.plan if isinstance(self.plan, ChannelPlan) else ChannelPlan.load(self.plan)
             plan.check(groups)
             return plan
+        ratios = None
+        if isinstance(self.pruning_ratio, (list, dict)):
+            ratios = ratios_of_groups(groups, self.pruning_ratio, prefix)
         if self.allocation == "global":
             order = RemovalOrder.by_scores(groups, scores, round_to=self.round_to)
         else:
-            ratios = self.pruning_ratio if isinstance(self.pruning_ratio, (list, dict)) else None
             order = RemovalOrder.by_ratios(groups, ratios, round_to=self.round_to)
         if self.target_macs_ratio is not None:
             cost = PlanCost.macs(groups, model, layer_macs)
@@ -147,13 +152,10 @@ class ChannelGoal:
             return meet_target(
                 order, latency_ms, self.target_latency_ms, tolerance=LATENCY_TOLERANCE
             )
-        return self._by_ratio(groups, scores)
-
-    def _by_ratio(self, groups: ChannelGroups, scores: Tensor) -> ChannelPlan:
+        if ratios is not None:
+            return plan_from_ratios(groups, ratios, round_to=self.round_to)
         ratio = self.pruning_ratio
-        assert ratio is not None, "__post_init__ has seen to it"
-        if isinstance(ratio, (list, dict)):
-            return plan_from_ratios(groups, ratio, round_to=self.round_to)
+        assert isinstance(ratio, (int, float)), "__post_init__ has seen to it"
         if self.allocation == "global":
             return plan_from_scores(groups, scores, ratio, round_to=self.round_to)
         return uniform_plan(groups, ratio, round_to=self.round_to)

@@ -20,6 +20,7 @@ from lit_compress.compress.channels.groups import (
 )
 from lit_compress.compress.channels.ties import Array
 from lit_compress.compress.channels.trace_state import TraceState
+from lit_compress.compress.layers import plain_name
 
 __all__ = ["AxisKey", "Evidence", "group_channels"]
 
@@ -92,7 +93,7 @@ class _Grouping:
         ids: dict[int, int] = {}
         names: set[str] = set()
         for classes in members:
-            base = name = self._producers(classes[0])[0][0].rpartition(".")[0] or "(root)"
+            base = name = _layer_of(self._producers(classes[0])[0][0]) or "(root)"
             number = 1
             while name in names:
                 number += 1
@@ -222,7 +223,11 @@ class _Grouping:
 
 
 def _layer(tensor: str) -> str:
-    return tensor.rpartition(".")[0] or tensor
+    return _layer_of(tensor) or tensor
+
+
+def _layer_of(tensor: str) -> str:
+    return plain_name(tensor).rpartition(".")[0]
 
 
 def _finest(bonds: list[Array], own: set[int]) -> list[list[int]] | None:

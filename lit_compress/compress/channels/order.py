@@ -9,11 +9,9 @@ more channels in any group. A target is met by looking for the right beginning
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from lit_compress.compress.channels.groups import ChannelGroup, ChannelGroups
 from lit_compress.compress.channels.plan import ChannelPlan, check_scores, rounding_step
+from lit_compress.compress.layers import match_layers
 
 __all__ = [
     "Removal",
@@ -28,6 +27,7 @@ __all__ = [
     "check_pruning_ratio",
     "plan_from_ratios",
     "plan_from_scores",
+    "ratios_of_groups",
     "uniform_plan",
 ]
 
@@ -88,7 +88,7 @@ class RemovalOrder:
         Raises:
             ValueError: As :func:`plan_from_ratios`.
         """
-        shares = [1.0] * len(groups.groups) if ratios is None else _resolve(groups, ratios)
+        shares = [1.0] * len(groups.groups) if ratios is None else ratios_of_groups(groups, ratios)
 
         def due(group: int, upper: int, lower: int) -> float:
             lost = 1 - (upper + lower) / 2 / groups.groups[group].num_channels
@@ -204,14 +204,11 @@ def plan_from_ratios(
 
     Args:
         groups: The channels of the model.
-        ratios: Channels removed ÷ original, in [0, 1). Either by name pattern (``*`` and ``?``),
-            of which the first that matches a group's name counts, and groups that none matches
-            stay as they are; or one for each group, in their order.
+        ratios: As for :func:`ratios_of_groups`.
         round_to: As for :func:`uniform_plan`.
 
     Raises:
-        ValueError: If a ratio or ``round_to`` is out of range, a pattern matches no group (the
-            nearest names are given), or there are more or fewer ratios than groups.
+        ValueError: If ``round_to`` is out of range, or as :func:`ratios_of_groups`.
     """
     return _plan_at(RemovalOrder.by_ratios(groups, ratios, round_to=round_to), 1.0)
 
@@ -303,18 +300,29 @@ def _kept_values(
     return [most, *range((most - 1) // step * step, least - 1, -step)]
 
 
-def _resolve(groups: ChannelGroups, ratios: Mapping[str, float] | Sequence[float]) -> list[float]:
-    """One ratio for each group."""
+def ratios_of_groups(
+    groups: ChannelGroups, ratios: Mapping[str, float] | Sequence[float], prefix: str = ""
+) -> list[float]:
+    """One ratio for each group.
+
+    Args:
+        groups: The channels of the model.
+        ratios: Channels removed ÷ original, in [0, 1). Either by name pattern, of which the first
+            that matches a group's name counts (see
+            :func:`~lit_compress.compress.layers.match_layers`), and groups that none matches stay
+            as they are; or one for each group, in their order.
+        prefix: Dotted name of the model in a LightningModule, which patterns may begin with.
+
+    Raises:
+        ValueError: If a ratio is out of range, a pattern matches no group (the nearest names are
+            given), or there are more or fewer ratios than groups.
+    """
     names = [group.name for group in groups.groups]
     if isinstance(ratios, Mapping):
         for glob, ratio in ratios.items():
             check_pruning_ratio(f"pruning_ratio[{glob!r}]", ratio)
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise _unmatched(glob, names)
-        return [
-            next((ratio for glob, ratio in ratios.items() if fnmatchcase(name, glob)), 0.0)
-            for name in names
-        ]
+        matched = match_layers("pruning_ratio", ratios, names, prefix)
+        return [ratios[matched[name]] if name in matched else 0.0 for name in names]
     if len(ratios) != len(names):
         raise ValueError(
             f"pruning_ratio lists {len(ratios)} ratios and the model has {len(names)} groups; give "
@@ -323,11 +331,3 @@ def _resolve(groups: ChannelGroups, ratios: Mapping[str, float] | Sequence[float
     for name, ratio in zip(names, ratios, strict=True):
         check_pruning_ratio(f"pruning_ratio of group {name!r}", ratio)
     return list(ratios)
-
-
-def _unmatched(glob: str, names: list[str]) -> ValueError:
-    nearest = difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
-    return ValueError(
-        f"pruning_ratio holds the pattern {glob!r}, which matches none of the model's "
-        f"{len(names)} groups; the nearest names are {', '.join(map(repr, nearest))}."
-    )

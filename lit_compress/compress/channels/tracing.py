@@ -14,7 +14,6 @@ channels is ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,12 +33,13 @@ from lit_compress.compress.channels.trial import (
     tensors_in,
     undisturbed,
 )
+from lit_compress.compress.layers import match_layers
 
 __all__ = ["Forward", "find_channel_groups"]
 
 
 def find_channel_groups(
-    model: nn.Module, forward: Forward, ignored_layers: Sequence[str] = ()
+    model: nn.Module, forward: Forward, ignored_layers: Sequence[str] = (), prefix: str = ""
 ) -> ChannelGroups:
     """Find out which channels of a model can be cut, and which only together.
 
@@ -51,7 +51,9 @@ def find_channel_groups(
         model: Any module that runs.
         forward: Calls it on example inputs, as in ``lambda m: m(images)``. Two examples are
             enough, and one is too few for batch norm over single pixels.
-        ignored_layers: Name patterns (``*`` and ``?``) of layers whose output channels stay.
+        ignored_layers: Name patterns of layers whose output channels stay; see
+            :func:`~lit_compress.compress.layers.match_layers`.
+        prefix: Dotted name of the model in a LightningModule, which patterns may begin with.
 
     Returns:
         The groups; empty where nothing can be cut.
@@ -61,8 +63,7 @@ def find_channel_groups(
     """
     trace = _Trace(model)
     shapes = trace.run(forward, training=False), trace.run(forward, training=True)
-    for glob in ignored_layers:
-        trace.ignore(glob)
+    trace.ignore(ignored_layers, prefix)
     trial = Trial(model, forward, shapes)
     groups = group_channels(trace.evidence)
     if trial.failure(groups) is None:
@@ -111,17 +112,12 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.state.ties.pin_all(self.state.labels(tensor), "reaches the model's output")
         return [tensor.shape[1:] for tensor in tensors]
 
-    def ignore(self, glob: str) -> None:
-        """Pin what layers of that name make."""
-        matched = [name for name in self.axes if fnmatchcase(name[0].rpartition(".")[0], glob)]
-        if not matched:
-            layers = sorted({name.rpartition(".")[0] for name, _ in self.axes})
-            raise ValueError(
-                f"ignored_layers holds the pattern {glob!r}, which matches none of the "
-                f"{len(layers)} layers with parameters: {', '.join(layers[:8])} ..."
-            )
-        for key in matched:
-            if self.evidence.role(key) != "in":
+    def ignore(self, patterns: Sequence[str], prefix: str) -> None:
+        """Pin what the layers make that are matched."""
+        layer_of = {key: key[0].rpartition(".")[0] for key in self.axes}
+        ignored = match_layers("ignored_layers", patterns, layer_of.values(), prefix)
+        for key, layer in layer_of.items():
+            if layer in ignored and self.evidence.role(key) != "in":
                 self.state.ties.pin(self.axes[key], "matches ignored_layers")
 
     def __torch_dispatch__(

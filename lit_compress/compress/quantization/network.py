@@ -12,7 +12,7 @@ from torch import nn
 from lit_compress.compress.calibration import Forward, evaluation_mode
 from lit_compress.compress.quantization.attached import Quantization
 from lit_compress.compress.quantization.calls import record_calls
-from lit_compress.compress.quantization.placement import Placement, place
+from lit_compress.compress.quantization.placement import Placement, place, with_layer_names
 from lit_compress.compress.quantization.quantizers import ActivationQuantizer
 from lit_compress.compress.quantization.ranges import RangeKind, mse_weight_scale, range_observer
 from lit_compress.compress.quantization.scheme import QuantizationScheme
@@ -39,7 +39,10 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # by class, the subclass 
 
 
 def prepare(
-    network: nn.Module, scheme: QuantizationScheme, run: Callable[[nn.Module], Any]
+    network: nn.Module,
+    scheme: QuantizationScheme,
+    run: Callable[[nn.Module], Any],
+    prefix: str = "",
 ) -> Quantization:
     """Give a network quantizers, which do nothing until they are told to.
 
@@ -51,17 +54,19 @@ def prepare(
         network: The network; not compiled, and not quantized yet.
         scheme: What is to be quantized.
         run: Calls the network once on real inputs, as in ``lambda network: network(images)``.
+        prefix: Dotted name of the network in a LightningModule, which name patterns may begin with.
 
     Returns:
-        The child module.
+        The child module; its scheme has names of layers in the place of patterns.
 
     Raises:
         ValueError: If the network is quantized or compiled, has an attribute of that name, nothing
             in it can be quantized, or a name pattern matches no layer.
     """
     _refuse_unsuitable(network)
-    placement = place(network, record_calls(network, run), scheme)
-    return _attach(network, Quantization(network, scheme, placement))
+    trace = record_calls(network, run)
+    scheme = with_layer_names(scheme, trace, prefix)
+    return _attach(network, Quantization(network, scheme, place(network, trace, scheme)))
 
 
 def quantization_record(network: nn.Module) -> dict[str, Any] | None:

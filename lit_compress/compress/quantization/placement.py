@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,7 @@ from lit_compress.compress.quantization.calls import LAYER_OPS, Call, Trace
 from lit_compress.compress.quantization.flow import Flow
 from lit_compress.compress.quantization.scheme import QuantizationScheme
 
-__all__ = ["Placement", "place"]
+__all__ = ["Placement", "place", "with_layer_names"]
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,34 @@ class Placement:
         return "\n".join(lines)
 
 
+def with_layer_names(
+    scheme: QuantizationScheme, trace: Trace, prefix: str = ""
+) -> QuantizationScheme:
+    """What a user declared, with the names of a network's layers in the place of patterns.
+
+    Args:
+        scheme: What the user declared.
+        trace: The network's calls.
+        prefix: Dotted name of the network in a LightningModule, which patterns may begin with.
+
+    Raises:
+        ValueError: If an ``ignored_layers`` or ``layer_bits`` pattern matches no layer.
+    """
+    return scheme.for_layers(map(layer_name, _layers(trace)), prefix)
+
+
 def place(network: nn.Module, trace: Trace, scheme: QuantizationScheme) -> Placement:
     """Decide which tensors are quantized.
 
     Args:
         network: The network that was traced.
         trace: Its calls.
-        scheme: What the user declared.
+        scheme: What :func:`with_layer_names` gave.
 
     Raises:
-        ValueError: If an ``ignored_layers`` or ``layer_bits`` pattern matches no layer, or no layer
-            is left to quantize.
+        ValueError: If no layer is left to quantize.
     """
-    layers = [call for call in trace.calls.values() if call.op in LAYER_OPS]
-    _check_patterns(layers, scheme)
+    layers = _layers(trace)
     floating = _floating(network, layers, scheme)
     quantized = {call.name for call in layers if call.name not in floating}
     if not quantized:
@@ -124,6 +137,10 @@ def place(network: nn.Module, trace: Trace, scheme: QuantizationScheme) -> Place
     )
 
 
+def _layers(trace: Trace) -> list[Call]:
+    return [call for call in trace.calls.values() if call.op in LAYER_OPS]
+
+
 def layer_name(call: Call) -> str:
     """The name of a layer by which users know it: its weight's, or where it is called."""
     return layer_of(call.weight) if call.weight else call.module
@@ -138,7 +155,7 @@ def _floating(network: nn.Module, layers: list[Call], scheme: QuantizationScheme
     floating = {}
     for call in layers:
         name = layer_name(call)
-        if any(fnmatchcase(name, pattern) for pattern in scheme.ignored_layers):
+        if scheme.ignores(name):
             floating[call.name] = "it is in ignored_layers"
         elif call.weight is None:
             floating[call.name] = "its weight is no parameter, but computed or a buffer"
@@ -183,14 +200,3 @@ def _counts(trace: Trace, planned: set[str]) -> dict[str, str]:
     kinds = dict.fromkeys(name.rpartition(":")[0] for name in trace.calls if name in planned)
     # Attributes are read by the name "get", most of which give no tensor and are not in a trace.
     return {kind: str(made[kind]) for kind in kinds if not kind.endswith(":get")}
-
-
-def _check_patterns(layers: list[Call], scheme: QuantizationScheme) -> None:
-    names = [layer_name(call) for call in layers]
-    for what in ("ignored_layers", "layer_bits"):
-        for pattern in getattr(scheme, what):
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(
-                    f"{what} has {pattern!r}, which matches no layer; there are "
-                    f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
-                )

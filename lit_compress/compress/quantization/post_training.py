@@ -209,6 +209,7 @@ def quantize_after_training(
     batches: Sequence[Any] = (),
     forward: Forward = lambda network, batch: network(batch),
     per_tensor_weights: Sequence[str] = (),
+    prefix: str = "",
 ) -> PostTrainingOutcome:
     """Quantize a trained network, in place.
 
@@ -224,6 +225,7 @@ def quantize_after_training(
         forward: Runs the network on one batch.
         per_tensor_weights: Names of weights with one scale for all channels, so that equal values
             stay equal; those of clustered layers.
+        prefix: Dotted name of the network in a LightningModule, which name patterns may begin with.
 
     Returns:
         What was quantized and what was not.
@@ -257,12 +259,12 @@ def quantize_after_training(
     run = _explaining(forward, batches)
     with _unchanged_on_error(network):
         if scheme.method in ("static", "dynamic", "weight_only"):
-            return _with_quantizers(network, scheme, batches, run, per_tensor_weights)
+            return _with_quantizers(network, scheme, batches, run, per_tensor_weights, prefix)
         if scheme.method == "fixed_point":
             return _in_fixed_point(network, scheme.fixed_point or FixedPoint(), batches, run)
         if scheme.method == "float16" or scheme.method == "bfloat16":
             return _in_half(network, scheme.method, batches, run)
-        return _on_linear_kernels(network, scheme)
+        return _on_linear_kernels(network, scheme, prefix)
 
 
 def _with_quantizers(
@@ -271,13 +273,14 @@ def _with_quantizers(
     batches: Sequence[Any],
     forward: Forward,
     per_tensor_weights: Sequence[str],
+    prefix: str,
 ) -> PostTrainingOutcome:
     remarks: list[str] = []
     float_weights: Mapping[str, Tensor] | None = None
     if "equalization" in scheme.corrections:
         remarks.append(str(equalize(network, lambda net: forward(net, batches[0]))))
     quantization = prepare(
-        network, scheme.quantizers(per_tensor_weights), lambda net: forward(net, batches[0])
+        network, scheme.quantizers(per_tensor_weights), lambda net: forward(net, batches[0]), prefix
     )
     calibrate(network, forward, batches, scheme.ranges, scheme.percentile)
     if "adaround" in scheme.corrections:
@@ -332,9 +335,13 @@ def _in_half(
     return PostTrainingOutcome((), {}, tuple(remarks), len(batches))
 
 
-def _on_linear_kernels(network: nn.Module, scheme: PostTrainingScheme) -> PostTrainingOutcome:
+def _on_linear_kernels(
+    network: nn.Module, scheme: PostTrainingScheme, prefix: str
+) -> PostTrainingOutcome:
     kinds = {f"{kind}_linear": kind for kind in get_args(LinearKind)}
-    kernels = quantize_linears(network, kinds[scheme.method], ignored_layers=scheme.ignored_layers)
+    kernels = quantize_linears(
+        network, kinds[scheme.method], ignored_layers=scheme.ignored_layers, prefix=prefix
+    )
     note_conversion(network, kernels)
     return PostTrainingOutcome(kernels.quantized, kernels.skipped, (), 0)
 

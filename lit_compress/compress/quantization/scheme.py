@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
-from lit_compress.compress.layers import refuse_bare_string
+from lit_compress.compress.layers import first_match, match_layers, refuse_bare_string
 from lit_compress.compress.quantization.affine import Grid
 from lit_compress.compress.quantization.saturation import may_saturate
 
@@ -34,8 +34,9 @@ class QuantizationScheme:
     Attributes:
         weight_bits: Bits of weights, 2 to 8; a layer has one scale for each output channel.
         activation_bits: Bits of activations, 2 to 8, or ``None`` for weights only.
-        layer_bits: Bits of weights by name pattern of the layer (``*`` and ``?``), for mixed
-            precision; the first pattern that matches counts, the others get ``weight_bits``.
+        layer_bits: Bits of weights by name pattern of the layer, for mixed precision; the first
+            pattern that matches counts, the others get ``weight_bits``. See
+            :func:`~lit_compress.compress.layers.match_layers`.
         weight_ranges: See :data:`WeightRanges`.
         activation_ranges: See :data:`ActivationRanges`.
         ignored_layers: Name patterns of layers that stay in floating point.
@@ -95,16 +96,39 @@ class QuantizationScheme:
         """The same with more weights that have one scale for all channels."""
         return replace(self, per_tensor_weights=(*self.per_tensor_weights, *names))
 
+    def for_layers(self, names: Iterable[str], prefix: str = "") -> QuantizationScheme:
+        """The same with the names of a network's layers in the place of the patterns.
+
+        Args:
+            names: Of all layers that can be quantized.
+            prefix: Dotted name of the network in a LightningModule, which patterns may begin with.
+
+        Raises:
+            ValueError: If a pattern of ``ignored_layers`` or ``layer_bits`` matches no layer.
+        """
+        names = list(names)
+        ignored = match_layers("ignored_layers", self.ignored_layers, names, prefix)
+        matched = match_layers("layer_bits", self.layer_bits, names, prefix)
+        bits = {glob.escape(name): self.layer_bits[key] for name, key in matched.items()}
+        return replace(self, ignored_layers=[*map(glob.escape, ignored)], layer_bits=bits)
+
+    def ignores(self, layer: str) -> bool:
+        """Whether a layer stays in floating point because a user says so.
+
+        Args:
+            layer: The layer's name in the network.
+        """
+        return first_match(self.ignored_layers, layer) is not None
+
     def weight_grid(self, layer: str) -> Grid:
         """The integers for the weight of a layer.
 
         Args:
             layer: The layer's name in the network.
         """
-        for pattern, bits in self.layer_bits.items():
-            if fnmatchcase(layer, pattern):
-                return Grid(bits, signed=True)
-        return Grid(self.weight_bits, signed=True)
+        pattern = first_match(self.layer_bits, layer)
+        bits = self.weight_bits if pattern is None else self.layer_bits[pattern]
+        return Grid(bits, signed=True)
 
     @property
     def activation_grid(self) -> Grid | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
 from lit_compress.compress.schedules import Ramp
@@ -72,13 +71,21 @@ class SparsityTarget:
         """Whether the sparsities are still to be found."""
         return self.final == "searched"
 
-    def scheduled(self, ramp: Ramp, point: int, weights: Mapping[str, int]) -> Scheduled:
+    def scheduled(
+        self,
+        ramp: Ramp,
+        point: int,
+        weights: Mapping[str, int],
+        taken_by: Mapping[str, str] | None = None,
+    ) -> Scheduled:
         """What is due at one moment.
 
         Args:
             ramp: The schedule.
             point: The moment, in the ramp's unit.
             weights: Units of the pattern in each weight, by qualified parameter name.
+            taken_by: For each of these names the key of a mapping that it belongs to; see
+                :class:`~lit_compress.compress.layers.Selection`.
 
         Returns:
             The sparsity that is due and the zeros that make it.
@@ -86,8 +93,9 @@ class SparsityTarget:
         assert not isinstance(self.final, str), "a mapping takes the place of 'searched' before"
         sparsity: float | dict[str, float]
         if isinstance(self.final, Mapping):
+            assert taken_by is not None, "a mapping needs to know which of its patterns counts"
             sparsity = {
-                name: ramp.value(point, self.initial, self._final_of(name, self.final))
+                name: ramp.value(point, self.initial, self.final[taken_by[name]])
                 for name in weights
             }
         else:
@@ -98,11 +106,6 @@ class SparsityTarget:
         if isinstance(self.final, Mapping):
             return [(f"final_sparsity[{glob!r}]", value) for glob, value in self.final.items()]
         return [] if isinstance(self.final, str) else [("final_sparsity", self.final)]
-
-    @staticmethod
-    def _final_of(name: str, finals: Mapping[str, float]) -> float:
-        layer = name.rpartition(".")[0]
-        return next(final for glob, final in finals.items() if fnmatchcase(layer, glob))
 
     def _check_searched(self) -> None:
         if self.final != "searched":

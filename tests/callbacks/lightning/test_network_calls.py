@@ -8,7 +8,9 @@ from lit_compress.callbacks.lightning.network_calls import (
     NetworkCalls,
     find_layer,
     find_network,
+    find_uncompiled_network,
     is_compiled,
+    name_of_network,
 )
 from tests.callbacks.nets import Net
 
@@ -87,6 +89,16 @@ def test_layers_are_found_by_their_plain_names():
         ValueError, match="'model.44' is no module of Net; the nearest are 'model.4"
     ):
         find_layer(module, "model.44")
+
+
+def test_a_network_has_a_plain_name():
+    module = Net()
+    assert name_of_network(module) == "model"
+    assert name_of_network(module, module.model[4]) == "model.4"
+    assert name_of_network(module, module) == ""
+    module.model = torch.compile(module.model, backend="eager")
+    assert name_of_network(module) == "model"
+    assert name_of_network(module, find_uncompiled_network(module)) == "model"
 
 
 def test_compiled_parts_are_noticed():

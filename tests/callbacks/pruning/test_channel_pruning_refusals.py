@@ -95,7 +95,7 @@ def test_damaged_plans(tmp_path):
 
 
 def test_names_that_match_nothing():
-    message = "pattern 'conv9', which matches none of the model's 2 groups; the nearest names"
+    message = "'conv9', which matches none of the 2 layers .* the nearest names are '0', '4'"
     refused(ValueError, message, pruning({"conv9": 0.5}))
     message = "ignored_layers holds the pattern 'conv9', which matches none"
     refused(ValueError, message, pruning(ignored_layers=["conv9"]))

@@ -152,6 +152,22 @@ def test_mixed_bits_go_to_the_layers_that_the_patterns_name():
     assert max(len(row.unique()) for row in values.flatten(1)) <= 7
 
 
+def test_a_record_of_before_with_patterns_gives_the_same_bits():
+    net, _ = quantized("plain", weight_bits=6, layer_bits={"0": 8, "*": 3}, ignored_layers=["4"])
+    record = quantization_record(net)
+    assert record["scheme"]["layer_bits"] == {"0": 8, "4": 3, "10": 3}
+    of_before = {
+        **record["scheme"],
+        "layer_bits": {"0": 8, "*": 3},
+        "ignored_layers": ["?[!0]", "4"],
+    }
+    other, _ = made("plain", 0)
+    attach(other, {**record, "scheme": of_before})
+    for name in ("0.weight", "10.weight"):
+        ours, theirs = (n.quantization.weight(name).grid for n in (net, other))
+        assert ours == theirs
+
+
 def test_least_bits_rule_over_the_scheme_and_give_way_to_it():
     net, inputs = quantized("plain", weight_bits=2, layer_bits={"0": 6}, weight_ranges="mse")
     quantization = net.quantization

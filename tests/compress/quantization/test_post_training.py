@@ -317,9 +317,11 @@ def test_a_network_is_quantized_once(scheme):
 
 
 def test_patterns_and_networks_without_layers():
-    refused("ignored_layers has 'head', which matches no layer", batches(),
+    refused("ignored_layers holds the pattern 'head', which matches none of the 3", batches(),
             PostTrainingScheme(ignored_layers=["head"]))  # fmt: skip
-    refused("layer_bits has 'head'", batches(), PostTrainingScheme(layer_bits={"head": 4}))
+    refused(
+        "layer_bits holds the pattern 'head'", batches(), PostTrainingScheme(layer_bits={"head": 4})
+    )
     refused("no layer of ReLU can be quantized", batches(), net=nn.ReLU())
     refused("no linear layer is left", [], PostTrainingScheme("int8_dynamic_linear"), nn.ReLU())
 

@@ -48,6 +48,16 @@ def test_the_first_pattern_that_matches_counts():
     }
 
 
+def test_names_of_layers_take_the_place_of_patterns():
+    scheme = QuantizationScheme(layer_bits={"net.a*": 4, "*": 6}, ignored_layers=["net.c"])
+    named = scheme.for_layers(["a[0]", "a1", "b", "c"], "net")
+    assert named.layer_bits == {"a[[]0]": 4, "a1": 4, "b": 6, "c": 6}
+    assert [named.weight_grid(name).bits for name in ("a[0]", "a1", "b")] == [4, 4, 6]
+    assert [named.ignores(name) for name in ("a1", "c")] == [False, True]
+    assert named.for_layers(["a[0]", "a1", "b", "c"], "net") == named
+    assert scheme.layer_bits == {"net.a*": 4, "*": 6}
+
+
 def test_grids_of_activations():
     assert QuantizationScheme(activation_bits=4).activation_grid == Grid(4, signed=False)
     assert QuantizationScheme(activation_bits=None).activation_grid is None

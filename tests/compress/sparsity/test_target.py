@@ -25,14 +25,15 @@ def test_the_zeros_are_those_of_the_scheduled_sparsity(allocation, initial, fina
     assert zeros == round(due.sparsity * 1100)
 
 
-def test_a_mapping_gives_each_layer_its_own_by_the_first_match():
+def test_a_mapping_gives_each_layer_its_own():
     target = SparsityTarget({"head": 0.5, "*": 0.9}, initial=0.1)
+    taken_by = {"stem.weight": "*", "body.weight": "*", "head.weight": "head"}
     ramp = Ramp("linear", begin=0, end=10, every=1)
     assert target.layers == ["head", "*"]
-    due = target.scheduled(ramp, 10, WEIGHTS)
+    due = target.scheduled(ramp, 10, WEIGHTS, taken_by)
     assert due.sparsity == {"stem.weight": 0.9, "body.weight": 0.9, "head.weight": 0.5}
     assert due.num_zeros == {"stem.weight": 36, "body.weight": 900, "head.weight": 30}
-    assert target.scheduled(ramp, 0, WEIGHTS).sparsity == dict.fromkeys(WEIGHTS, 0.1)
+    assert target.scheduled(ramp, 0, WEIGHTS, taken_by).sparsity == dict.fromkeys(WEIGHTS, 0.1)
 
 
 def test_a_single_number_names_no_layers():
@@ -70,10 +71,9 @@ def test_sparsities_that_a_search_finds_take_the_place_of_the_word():
     found = replace(target, final={"a": 0.5, "b": 0.25})
     assert not found.waits_for_search
     ramp = Ramp("constant", 0, 0, 1)
-    assert found.scheduled(ramp, 0, {"a.weight": 8, "b.weight": 8}).num_zeros == {
-        "a.weight": 4,
-        "b.weight": 2,
-    }
+    taken_by = {"a.weight": "a", "b.weight": "b"}
+    due = found.scheduled(ramp, 0, {"a.weight": 8, "b.weight": 8}, taken_by)
+    assert due.num_zeros == {"a.weight": 4, "b.weight": 2}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
+
+from lit_compress.compress.layers import match_layers
 
 __all__ = [
     "LinearKernels",
@@ -103,6 +104,7 @@ def quantize_linears(
     kind: LinearKind = "int8_dynamic",
     *,
     ignored_layers: Sequence[str] = (),
+    prefix: str = "",
     group_size: int = 32,
 ) -> LinearKernels:
     """Put the weights of linear layers on integer kernels, in place.
@@ -123,7 +125,9 @@ def quantize_linears(
             and outputs keep their type), on the CPU only; zeros of a sparse weight do not stay
             zero. A layer whose weight the network reads without a call of the layer, as
             torchvision's Swin does in its attention, then fails: name it in ``ignored_layers``.
-        ignored_layers: Name patterns (``*`` and ``?``) of layers to leave alone.
+        ignored_layers: Name patterns of layers to skip; see
+            :func:`~lit_compress.compress.layers.match_layers`.
+        prefix: Dotted name of the network in a LightningModule, which patterns may begin with.
         group_size: 32, 64 or 128 input features that share a scale; only for int4.
 
     Returns:
@@ -136,7 +140,7 @@ def quantize_linears(
     """
     size = group_size if kind == "int4_weight_only" else None
     _check_kind(kind, size)
-    taken, skipped = _chosen(network, size, ignored_layers)
+    taken, skipped = _chosen(network, size, ignored_layers, prefix)
     for name, layer in taken.items():
         if not bool(torch.isfinite(layer.weight).all()):
             raise ValueError(
@@ -222,19 +226,16 @@ def _check_kind(kind: str, group_size: int | None) -> None:
 
 
 def _chosen(
-    network: nn.Module, group_size: int | None, ignored_layers: Sequence[str]
+    network: nn.Module, group_size: int | None, ignored_layers: Sequence[str], prefix: str
 ) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The layers to quantize, and the reasons why others are not; at least one is left."""
     linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
-    for glob in ignored_layers:
-        if not any(fnmatchcase(name, glob) for name in linears):
-            raise ValueError(
-                f"ignored_layers holds the pattern {glob!r}, which matches none of the network's "
-                f"{len(linears)} linear layers: {', '.join(linears) or 'there are none'}."
-            )
+    ignored = match_layers("ignored_layers", ignored_layers, linears, prefix)
     users = _users_of_weights(network)
     reasons = {
-        name: _reason_to_skip(name, layer, group_size, ignored_layers, users)
+        name: "matches ignored_layers"
+        if name in ignored
+        else _reason_to_skip(name, layer, group_size, users)
         for name, layer in linears.items()
     }
     taken = {name: layer for name, layer in linears.items() if reasons[name] is None}
@@ -266,11 +267,8 @@ def _reason_to_skip(
     name: str,
     layer: nn.Linear,
     group_size: int | None,
-    ignored_layers: Sequence[str],
     users: Mapping[int, list[str]],
 ) -> str | None:
-    if any(fnmatchcase(name, glob) for glob in ignored_layers):
-        return "matches ignored_layers"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "its weight is read by nn.MultiheadAttention, which does not call the layer"
     if parametrize.is_parametrized(layer, "weight"):

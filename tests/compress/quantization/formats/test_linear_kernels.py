@@ -179,7 +179,7 @@ def test_bad_arguments_are_refused():
         quantize_linears(mlp(), "int2")
     with pytest.raises(ValueError, match=r"group_size is 48, expected one of \(32, 64, 128\)"):
         quantize_linears(mlp(), "int4_weight_only", group_size=48)
-    with pytest.raises(ValueError, match="'head', which matches none of .* 2 linear layers: 0, 2"):
+    with pytest.raises(ValueError, match="'head', which matches none of the 2 layers"):
         quantize_linears(mlp(), ignored_layers=["head"])
     with pytest.raises(ValueError, match="no linear layer is left to quantize"):
         quantize_linears(mlp(), ignored_layers=["*"])
