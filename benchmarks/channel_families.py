@@ -2,7 +2,7 @@
 
 Each network has random weights. The channels are found by running it on two small examples, half of
 each group goes (by l2, rounded to 8), and the row says how many groups there were, what is left,
-and which layers were left alone. `tests/benchmarks/test_channel_families.py` makes sure that the
+and which layers were skipped. `tests/benchmarks/test_channel_families.py` makes sure that the
 slim networks compute what they should, and that the committed rows are what it measures.
 
     python benchmarks/channel_families.py [NAME ...]
@@ -153,11 +153,11 @@ class Pruned:
         }
 
     def macs(self, model: nn.Module) -> int:
-        """Multiply-adds for one image."""
+        """MACs for one image."""
         return count_macs(model, self.family.inputs(), batch_size=BATCH)
 
     def planned(self) -> tuple[float, float]:
-        """Multiply-adds and parameters that the plan says."""
+        """MACs and parameters that the plan says."""
         rows = layer_complexity(self.dense, self.family.inputs(), batch_size=BATCH)
         macs = PlanCost.macs(self.groups, self.dense, {row.name: row.macs or 0 for row in rows})
         return macs(self.plan), PlanCost.num_params(self.groups, self.dense)(self.plan)
@@ -186,7 +186,7 @@ def read_results() -> dict[str, dict[str, Any]]:
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| network | input | groups | channels | MACs left | params left | left alone |",
+        "| network | input | groups | channels | MACs left | params left | skipped |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():

@@ -2,7 +2,7 @@
 
 Bars:
 
-- ResNet-20 on CIFAR-10 (JPEG) at half of the multiply-adds: our best arm is on average at least as
+- ResNet-20 on CIFAR-10 (JPEG) at half of the MACs: our best arm is on average at least as
   accurate as Torch-Pruning's, with the same data, budget and tuning;
 - least-squares reconstruction gains before any tuning;
 - one cut of ResNet-50, after the trace, takes no longer than a training step on 8 images of
@@ -118,7 +118,7 @@ LABELS = {
     accuracy.DENSE: "dense control",
     accuracy.TORCH_PRUNING: "Torch-Pruning `MagnitudePruner`, all layers",
     accuracy.TORCH_PRUNING_INSIDE: "Torch-Pruning `MagnitudePruner`, inside of blocks",
-    accuracy.TORCH_PRUNING_BELOW: "the same, not above half of the multiply-adds",
+    accuracy.TORCH_PRUNING_BELOW: "the same, not above half of the MACs",
     accuracy.UNIFORM: "`ChannelPruning(target_macs_ratio=0.5)`, all layers",
     accuracy.RECONSTRUCTED: "the same with reconstruction",
     accuracy.CONTRIBUTION: "`ChannelPruning`, inside of blocks, importance `contribution`",
@@ -205,7 +205,7 @@ def lead(results: dict[str, Any], peer: accuracy.Arm = accuracy.TORCH_PRUNING_BE
 
     Args:
         results: Of a full run.
-        peer: Which of Torch-Pruning's; by default the one that has half of the multiply-adds.
+        peer: Which of Torch-Pruning's; by default the one that has half of the MACs.
     """
     theirs = accuracy.scores(study(results), peer)
     ours = accuracy.scores(study(results), accuracy.BEST)
@@ -230,7 +230,7 @@ def check(results: dict[str, Any], *, judge_accuracy: bool = True) -> list[str]:
     if study(results) and not margin(results) > 0:
         found.append(f"reconstruction gains {margin(results):.2f} points before any tuning")
     found += [
-        f"{run['name']} keeps {run['macs_ratio']:.4f} of the multiply-adds"
+        f"{run['name']} keeps {run['macs_ratio']:.4f} of the MACs"
         for run in results["runs"]
         if run["by"] == "ours"
         and run["macs_ratio"] is not None

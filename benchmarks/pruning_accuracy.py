@@ -1,7 +1,7 @@
 """Accuracy of slim ResNet-20 on CIFAR-10 (JPEG): our channel pruning and Torch-Pruning's.
 
 Every run starts from the same trained dense network, is cut before its first step to half of the
-multiply-adds, and is then tuned with the same data in the same order, the same optimizer and the
+MACs, and is then tuned with the same data in the same order, the same optimizer and the
 same number of epochs. Each is scored on the test folder twice: right after the cut, and at the end.
 
 The pilot, one seed that the study does not use and scored on validation images, compared the
@@ -74,7 +74,7 @@ class Arm:
         recalibrate: New batch norm statistics at the cut.
         progressive: Whether channels go bit by bit over the first third of the tuning (cubic) and
             not all before it.
-        slack: How far above the target the multiply-adds may be, relative to it.
+        slack: How far above the target the MACs may be, relative to it.
     """
 
     name: str
@@ -236,8 +236,8 @@ def cut_by_torch_pruning(network: nn.Module, arm: Arm, settings: Settings) -> No
     """Cut with the ratio of Torch-Pruning's that comes nearest to the target.
 
     The library's own defaults: group magnitude importance with p = 2, the same ratio for each
-    layer, the classifier's outputs left alone. Its ratio moves all layers of one width at once:
-    inside of blocks it jumps from 0.505 of the multiply-adds to 0.469. Both are run, and only the
+    layer, the classifier's outputs skipped. Its ratio moves all layers of one width at once:
+    inside of blocks it jumps from 0.505 of the MACs to 0.469. Both are run, and only the
     second is at half of them, where ours always is.
 
     Torch-Pruning 1.6 ties channel i of one stage to channel i of the next, although the shortcut of

@@ -42,7 +42,7 @@ STEP_IMAGES, STEP_PIXELS = 8, 128
 
 
 def cut_time(repeats: int, num_traces: int, image_size: int = 224) -> dict[str, Any]:
-    """Seconds of one cut of ResNet-50 to half of its multiply-adds, momentum included.
+    """Seconds of one cut of ResNet-50 to half of its MACs, momentum included.
 
     Args:
         repeats: Our cuts of fresh copies, of each kind, in turns; at least 1, for an interval 6.
@@ -114,7 +114,7 @@ def _cut(
 
 
 def _no_latency(plan: ChannelPlan) -> float:
-    raise AssertionError("a target in multiply-adds needs no latency")
+    raise AssertionError("a target in MACs needs no latency")
 
 
 def _in_training(dense: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -156,7 +156,7 @@ def _torch_pruning_times(
                 model,
                 example,
                 importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-                pruning_ratio=0.3,  # of channels: about half of the multiply-adds
+                pruning_ratio=0.3,  # of channels: about half of the MACs
                 ignored_layers=[model.get_submodule("fc")],
                 round_to=8,
             )

@@ -110,7 +110,7 @@ Networks of seed 1 in the int8 file that is shipped:
 ### After training, without any
 
 `PostTrainingQuantization` in 8 bits, {settings["num_calibration_batches"]} batches of
-{settings["batch_size"]} training images, anew for each seed.
+{settings["batch_size"]} training images, again for each seed.
 
 {after_training.table(results)}
 

@@ -1,7 +1,7 @@
 """What corrections and ranges do for post-training quantization, without any training.
 
 Networks are the trained ones of the quantization study; calibration images come from the training
-split, anew for each seed. Every point starts from the float network and is scored on the same part
+split, again for each seed. Every point starts from the float network and is scored on the same part
 of the test split. Corrections:
 
 - ``none``: calibrated only;

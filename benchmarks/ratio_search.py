@@ -3,10 +3,10 @@
 Parts, each of which adds to ``docs/results/ratio_search.json`` run by run and goes on where it was
 stopped (several may run at the same time):
 
-- ``search``: channels of MobileNet-v1 and Plain-20 under budgets of multiply-adds;
+- ``search``: channels of MobileNet-v1 and Plain-20 under budgets of MACs;
 - ``tuning``: the plans that were found, tuned beside uniform ones;
 - ``sparsity``: densities of the weights of ResNet-20, searched and trained;
-- ``rules``: the same with densities by rules of thumb.
+- ``rules``: the same with densities by heuristics.
 
 ``ratio_search_bars.py`` holds the bars.
 
@@ -182,7 +182,7 @@ def run(point: Point, settings: Settings, path: Path = RESULTS) -> dict[str, Any
 
 
 def search_wanted(point: Tuning | Sparse, path: Path = RESULTS) -> dict[str, Any] | None:
-    """The search whose find a run is trained with; ``None`` for a rule of thumb.
+    """The search whose find a run is trained with; ``None`` for a heuristic.
 
     Raises:
         LookupError: If it is not in the file yet.

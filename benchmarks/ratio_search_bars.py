@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 SEEDS = (1, 2, 3)
 CASES = (("mobilenet_v1", 0.5), ("mobilenet_v1", 0.35), ("plain20", 0.5))
-"""Networks, and their multiply-adds kept ÷ dense."""
+"""Networks, and their MACs kept ÷ dense."""
 TUNED_CASES = (("mobilenet_v1", 0.5), ("plain20", 0.5))
 SPARSITIES = (0.8, 0.9, 0.95)
 RULES = ("uniform", "shallow", "deep")
@@ -28,7 +28,7 @@ ORIGINAL = {
     "shallow": 0.8784,
     "deep": 0.9042,
 }
-"""The authors' code: MobileNet-v1 (0.5) at half of the multiply-adds, seed 1, 300 episodes."""
+"""The authors' code: MobileNet-v1 (0.5) at half of the MACs, seed 1, 300 episodes."""
 
 LEAD_OVER_UNIFORM = 0.04
 _ROUNDING = 1e-9
@@ -103,7 +103,7 @@ def channel_search(
 
 
 def rule_score(results: dict[str, Any], model: str, target: float, rule: str) -> float:
-    """The best score of a rule of thumb, each of its choices scored to the end; NaN if unknown."""
+    """The best score of a heuristic, each of its choices scored to the end; NaN if unknown."""
     search = channel_search(results, model, target, "rules", 1)
     best = {} if search is None else search["best_by_source"]
     return float(best[rule]["score"]) if rule in best else math.nan
@@ -116,7 +116,7 @@ def search_bars(results: dict[str, Any], model: str, target: float, seed: int) -
     score, ratio = (known.get(name, math.nan) for name in ("best_score", "cost_ratio"))
     case = f"{model} at {target:g}, seed {seed}"
     rules = {rule: rule_score(results, model, target, rule) for rule in RULES}
-    found = [Bar(f"{case}: multiply-adds kept / dense", ratio, "at most", target)]
+    found = [Bar(f"{case}: MACs kept / dense", ratio, "at most", target)]
     if (model, target) == ("mobilenet_v1", 0.5):
         found.append(
             Bar(f"{case}: best reward, the original's", score, "at least", ORIGINAL["best_score"])

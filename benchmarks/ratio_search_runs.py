@@ -2,12 +2,12 @@
 
 Methods of a search:
 
-- ``ddpg``: ``RatioSearch`` as it comes: rules of thumb, random choices, then the agent;
-- ``rules``: the rules of thumb alone (uniform, shallow, deep), each scored on all images, because
+- ``ddpg``: ``RatioSearch`` as it comes: heuristics, random choices, then the agent;
+- ``rules``: the heuristics alone (uniform, shallow, deep), each scored on all images, because
   a race gives up those that are far behind: what the others are compared with;
 - ``random``, ``sensitivity``: random shapes, and ratios derived from what each group alone does to
   the score, each as large as the budget allows;
-- ``agent alone``: the agent as in AMC, without rules of thumb and without trying around the best.
+- ``agent alone``: the agent as in AMC, without heuristics and without trying around the best.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lit_compress.tasks import CIFAR10JPEGDataModule, ImageClassifier
 NUM_RULES = 43  # uniform, and 21 each of shallow and deep
 NO_RACE = ("rules", "sensitivity")
 ABLATIONS = ("random", "sensitivity", "agent alone")
-"""Of MobileNet-v1 at half of the multiply-adds, seed 1."""
+"""Of MobileNet-v1 at half of the MACs, seed 1."""
 WEIGHTS = {
     "mobilenet_v1": "mobilenetv1-0.5-cifar10-jpeg",
     "plain20": "plain20-cifar10-jpeg",
@@ -62,7 +62,7 @@ class Search:
     Attributes:
         model: The network's name.
         space: ``"channels"`` or ``"sparsity"``.
-        target: Multiply-adds kept ÷ dense, or zeros ÷ weights.
+        target: MACs kept ÷ dense, or zeros ÷ weights.
         method: How; see above.
         seed: Of the search. All searches score on the same images.
     """

@@ -32,7 +32,7 @@ LABELS = {
 OTHERS = {
     "random": "random search",
     "sensitivity": "ratios derived from sensitivities",
-    "agent alone": "DDPG without rules of thumb and without tries around the best",
+    "agent alone": "DDPG without heuristics and without tries around the best",
 }
 
 
@@ -47,7 +47,7 @@ def section(results: dict[str, Any]) -> str:
     num_images = 10 * search["val_per_class"]
     return f"""## Ratio search
 
-`RatioSearch` under a budget of multiply-adds, {search["num_episodes"]} episodes, one thread. The
+`RatioSearch` under a budget of MACs, {search["num_episodes"]} episodes, one thread. The
 reward is top-1 without any tuning on {num_images:,} images held out of the training images (which
 the networks were trained on, so that the scores are high); seeds {_listed(SEEDS)}. The rules of
 thumb were each scored to the end on the same images. CPU seconds are of the whole fit, calibration
@@ -55,9 +55,9 @@ and agent included, divided by the episodes.
 
 {search_table(results)}
 
-The original AMC code, run on the same MobileNet-v1 at half of the multiply-adds on one core (its
+The original AMC code, run on the same MobileNet-v1 at half of the MACs on one core (its
 own {num_images:,} training images, seed 1): dense {ORIGINAL["dense_score"]:.4f}, best
-{ORIGINAL["best_score"]:.4f} with {ORIGINAL["cost_ratio"]:.3f} of the multiply-adds,
+{ORIGINAL["best_score"]:.4f} with {ORIGINAL["cost_ratio"]:.3f} of the MACs,
 {ORIGINAL["cpu_seconds_per_episode"]:.1f} CPU seconds an episode; uniform
 {ORIGINAL["uniform"]:.4f}, best of the shallow ones {ORIGINAL["shallow"]:.4f}, best of the deep ones
 {ORIGINAL["deep"]:.4f}. Its uniform rounds up, which keeps all {FIRST_WIDTH} channels of the first
@@ -89,8 +89,8 @@ ResNet-20, one search of {search["num_sparsity_episodes"]} episodes a level (see
 images of above, weights by least squares and batch norm statistics of one batch, no training), then
 trained as in the section on sparsity and distillation above, but for one epoch, so that these
 numbers are lower than those there. `uniform` is the same density in all layers, `global` what one
-threshold of magnitude for all layers leaves in each: as a rule of thumb, which the search begins
-with, within the search's bounds; in training, without them and decided anew as weights change.
+threshold of magnitude for all layers leaves in each: as a heuristic, which the search begins
+with, within the search's bounds; in training, without them and decided again as weights change.
 What an earlier search had found was trained and scored on these test images, too; the search was
 then changed for a higher reward, not for them. Top-1 in percent; {num_sparse} of
 {len(sparse_runs())} runs were made.
@@ -110,7 +110,7 @@ JSON: [`results/ratio_search.json`](results/ratio_search.json); made by
 
 
 def search_table(results: dict[str, Any]) -> str:
-    """What the searches found beside the rules of thumb."""
+    """What the searches found beside the heuristics."""
     lines = [
         "| network | budget | | best reward | MACs ratio | CPU s per episode |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -192,7 +192,7 @@ def tuning_table(results: dict[str, Any]) -> str:
 
 
 def sparsity_table(results: dict[str, Any]) -> str:
-    """Searched densities beside those of rules of thumb: rewards, and top-1 after training."""
+    """Searched densities beside those of heuristics: rewards, and top-1 after training."""
     lines = [
         "| sparsity | densities | reward | trained alone | trained with distillation |",
         "| --- | --- | --- | --- | --- |",
@@ -222,7 +222,7 @@ def _search_verdicts(results: dict[str, Any]) -> list[str]:
         known = {rule: rule_score(results, model, target, rule) for rule in RULES}
         rule, best = max(known.items(), key=lambda item: (item[1] == item[1], item[1]))
         if scores and not math.isnan(best):
-            others = f"the best rule of thumb ({rule}, {best:.4f})"
+            others = f"the best heuristic ({rule}, {best:.4f})"
             sentences.append(
                 _verdict(_case(model, target), "the search", scores, others, [best], 4)
             )
@@ -262,7 +262,7 @@ def _training_verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def _case(model: str, target: float) -> str:
-    return f"{LABELS[model]} at {target:g} of the multiply-adds"
+    return f"{LABELS[model]} at {target:g} of the MACs"
 
 
 def _verdict(

@@ -1,4 +1,4 @@
-"""The training runs of the ratio search study: what was found, trained beside the rules of thumb.
+"""The training runs of the ratio search study: what was found, trained beside the heuristics.
 
 ``tuning``: channels. Both arms start from the same trained network, are cut before the first step
 (importance ``group``, least-squares reconstruction), and are tuned with the same data in the same
@@ -163,7 +163,7 @@ def train_sparse(
 
     Args:
         point: The run.
-        search: Whose densities it has; ``None`` for the rules of thumb.
+        search: Whose densities it has; ``None`` for the heuristics.
         settings: The rest.
     """
     densities, _, distillation = point.method.partition("+")

@@ -133,7 +133,7 @@ def channels(results: dict[str, Any]) -> str:
     settings, machine, cut = results["settings"], results["machine"], results["cut_time"]
     point = results["sensitivity"]
     above = channel_pruning.lead(results, pruning_accuracy.TORCH_PRUNING_INSIDE)
-    return f"""## Channel pruning: ResNet-20 on CIFAR-10 (JPEG) at half of the multiply-adds
+    return f"""## Channel pruning: ResNet-20 on CIFAR-10 (JPEG) at half of the MACs
 
 Top-1 in percent on the 10,000 test images; mean ± standard deviation over
 {len(pruning_accuracy.SEEDS)} seeds. All runs start from the same dense network (88.51 %), are cut
@@ -148,10 +148,10 @@ Torch-Pruning 1.6.1 is driven with group magnitude importance (p = 2), the same 
 It reads the shortcuts of this network as if their channels kept their numbers, which they do not
 (zeros are padded in front), and so cuts wrong channels of the residual stream; inside of the blocks
 it is right. All layers of one width move at once there, so that it jumps from 0.505 of the
-multiply-adds to 0.469: both are run, and only the second is at half of them. Ours is never above.
+MACs to 0.469: both are run, and only the second is at half of them. Ours is never above.
 
 Ours with importance `group` is {channel_pruning.lead(results):+.2f} points from Torch-Pruning at
-half of the multiply-adds, and {above:+.2f} from Torch-Pruning with 0.505 of them.
+half of the MACs, and {above:+.2f} from Torch-Pruning with 0.505 of them.
 
 What did not win: reconstruction is worth much before tuning and nothing after it; the importance
 `contribution`, best right after the cut, is not best after tuning; nor are global allocation by
@@ -172,7 +172,7 @@ calibration batches of training images. Reconstruction gains at least
 
 ### Time
 
-One cut of ResNet-50 with SGD momentum to {100 * cut["macs_ratio"]:.1f} % of its multiply-adds, one
+One cut of ResNet-50 with SGD momentum to {100 * cut["macs_ratio"]:.1f} % of its MACs, one
 thread, median of {cut["repeats"]}; torch {machine["torch"]}.
 
 | | trace s | cut s | ÷ training step | bar |
@@ -187,7 +187,7 @@ thread, median of {cut["repeats"]}; torch {machine["torch"]}.
 The training step is one of ResNet-50 on {pruning_cost.STEP_IMAGES} images of
 {pruning_cost.STEP_PIXELS} × {pruning_cost.STEP_PIXELS}.
 
-MobileNet-v1, cut to half of its multiply-adds with channels in multiples of 8, and the dense one in
+MobileNet-v1, cut to half of its MACs with channels in multiples of 8, and the dense one in
 turns in one process, one thread:
 
 {channel_pruning.latency_table(results)}

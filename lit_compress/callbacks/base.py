@@ -84,7 +84,7 @@ class CompressionCallback(pl.Callback):
         raise NotImplementedError
 
     def release(self) -> None:
-        """Let go of the run; called at its end, however it ends, and possibly more than once."""
+        """Release the run; called at its end, however it ends, and possibly more than once."""
         self.bindings.release()
 
     # --- The run ----------------------------------------------------------------------------------
@@ -113,17 +113,17 @@ class CompressionCallback(pl.Callback):
         check_nan_loss(loss, trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the run."""
+        """Release the run."""
         self.release()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Let go of the run."""
+        """Release the run."""
         self.release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the run."""
+        """Release the run."""
         self.release()
 
     # --- Checkpoints ------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class CompressionSummary(pl.Callback):
     compresses from its first step has those only if the Trainer's sanity check is a whole
     validation: ``Trainer(num_sanity_val_steps=-1)``.
 
-    The first example of the first batch that the network sees is the input for multiply-adds and
+    The first example of the first batch that the network sees is the input for MACs and
     latency; a compiled network is not looked into, and has neither. Both latencies are taken in
     turns when the fit ends, for which a copy of the dense network is kept on the CPU. A resumed run
     has no such copy; its report has no latency.
@@ -260,7 +260,7 @@ class CompressionSummary(pl.Callback):
             metrics = {}
             notes.append("The network was not validated after it was last changed.")
         if self._inputs is None:
-            notes.append("No input was seen, so there are no multiply-adds and no latency.")
+            notes.append("No input was seen, so there are no MACs and no latency.")
         elif self.latency and self._dense_copies:
             copied = self._dense_copies[0].to(device)
             times = compare_latency(copied, counted, self._inputs)

@@ -73,7 +73,7 @@ def load_compressed(
     content = read_checkpoint(checkpoint_path, read_remote)
     of_record = f"the structure record in {os.fspath(checkpoint_path)!r}"
     if isinstance(module, type) and issubclass(module, LightningModule):
-        _refuse_bare_weights(content, checkpoint_path, module)
+        _check_has_hyper_parameters(content, checkpoint_path, module)
         with _replaying_first(_classes(module, content), of_record), ExitStack() as readable:
             if holds_torchao_weights(content):
                 readable.enter_context(torchao_weights_readable())
@@ -155,7 +155,7 @@ def _classes(
     return [given]
 
 
-def _refuse_bare_weights(
+def _check_has_hyper_parameters(
     content: Mapping[str, Any], path: str | os.PathLike[str], module: type[LightningModule]
 ) -> None:
     if "pytorch-lightning_version" not in content:

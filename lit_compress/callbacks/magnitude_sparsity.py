@@ -18,13 +18,13 @@ from lit_compress.callbacks.lightning import tracking
 from lit_compress.callbacks.lightning.network_calls import name_of_network
 from lit_compress.callbacks.lightning.run_clock import ScheduleClock
 from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
-from lit_compress.callbacks.search.searched import found_sparsities, refuse_layers
+from lit_compress.callbacks.search.searched import check_no_layers, found_sparsities
 from lit_compress.callbacks.stage_order import Stage, StageSpan
 from lit_compress.compress.layers import (
     LayerType,
     Selection,
+    check_is_list,
     plain_name,
-    refuse_bare_string,
     select_weights,
 )
 from lit_compress.compress.schedules import Ramp, Schedule
@@ -41,10 +41,10 @@ _LAYER_TYPES: tuple[LayerType, ...] = ("conv", "linear", "attention", "recurrent
 
 
 class MagnitudeSparsity(CompressionCallback):
-    """Sets the weights of least magnitude to zero, more and more of them, during ``Trainer.fit``.
+    """Sets the smallest weights to zero, more and more of them, during ``Trainer.fit``.
 
     Gradual magnitude pruning (Zhu & Gupta 2017, section 3): at each update of the schedule the
-    masks are chosen anew by magnitude, on the weights that are there and on the last values of
+    masks are chosen again by magnitude, on the weights that are there and on the last values of
     those that were removed, so that a weight can come back until the schedule ends. At the end
     exactly ``round(final_sparsity * N)`` of the N selected weights are zero, whatever the update
     frequency, and they stay zero.
@@ -63,7 +63,7 @@ class MagnitudeSparsity(CompressionCallback):
             name patterns of layers to the sparsity of each; the first pattern that matches a layer
             counts, and layers that none matches stay dense. Or ``"searched"``: what the
             ``RatioSearch`` listed before it finds.
-        initial_sparsity: Zeros / weights at the begin of the schedule, in [0, final_sparsity].
+        initial_sparsity: Zeros / weights at the start of the schedule, in [0, final_sparsity].
         schedule: When the sparsity moves from initial to final.
         allocation: How a single ``final_sparsity`` is shared among layers: ``"uniform"`` (the
             same for each), ``"global"`` (magnitudes are compared across layers) or
@@ -111,7 +111,7 @@ class MagnitudeSparsity(CompressionCallback):
         )
         self.schedule = schedule
         for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
-            refuse_bare_string(name, value)
+            check_is_list(name, value)
         if self.target.layers is not None and layers is not None:
             raise ValueError(
                 "final_sparsity is a mapping and layers is given too; the mapping's keys already "
@@ -120,7 +120,7 @@ class MagnitudeSparsity(CompressionCallback):
         self._is_searched = self.target.waits_for_search
         if self._is_searched:
             other_types = None if tuple(layer_types) == _LAYER_TYPES else layer_types
-            refuse_layers(layers, ignored_layers, other_types)
+            check_no_layers(layers, ignored_layers, other_types)
         self.layers = layers if self.target.layers is None else self.target.layers
         self.ignored_layers = ignored_layers
         self.layer_types = layer_types
@@ -211,7 +211,7 @@ class MagnitudeSparsity(CompressionCallback):
             )
 
     def release(self) -> None:
-        """Let go of optimizers and averages; masks are not applied any more."""
+        """Release the optimizers and averages; masks are not applied any more."""
         super().release()
         self._masks_steps = False
 

@@ -17,9 +17,9 @@ __all__ = [
     "CompressionStage",
     "Stage",
     "StageSpan",
+    "check_not_quantized",
     "check_resolved_order",
     "check_stage_order",
-    "refuse_quantized_network",
     "span_in_steps",
 ]
 
@@ -53,7 +53,7 @@ class StageSpan:
 
     @classmethod
     def of(cls, schedule: Schedule | Ramp | None) -> StageSpan | None:
-        """From the begin of a schedule to its end; ``None`` of one that is not known yet."""
+        """From the start of a schedule to its end; ``None`` of one that is not known yet."""
         return None if schedule is None else cls(schedule.begin, schedule.end, schedule.unit)
 
 
@@ -102,7 +102,7 @@ def check_stage_order(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
         if first is not None and second is not None and _is_later(first, second):
             _refuse(stage, first, rounding, second)
     if stages and all(stage.compression_stage != "quantize" for stage in stages):
-        refuse_quantized_network(pl_module, stages[0])
+        check_not_quantized(pl_module, stages[0])
 
 
 def check_resolved_order(trainer: pl.Trainer) -> None:
@@ -123,7 +123,7 @@ def check_resolved_order(trainer: pl.Trainer) -> None:
             _refuse(stage, first, rounding, second)
 
 
-def refuse_quantized_network(pl_module: pl.LightningModule, stage: CompressionStage) -> None:
+def check_not_quantized(pl_module: pl.LightningModule, stage: CompressionStage) -> None:
     """Refuse to prune or cluster what an earlier stage has quantized.
 
     Raises:

@@ -22,7 +22,7 @@ from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.callbacks.stage_order import (
     Stage,
     StageSpan,
-    refuse_quantized_network,
+    check_not_quantized,
     span_in_steps,
 )
 from lit_compress.compress.clustering.clustered_weights import ClusteredWeights, Clusters
@@ -30,8 +30,8 @@ from lit_compress.compress.clustering.kmeans import ClusterInit, check_init, che
 from lit_compress.compress.layers import (
     LayerType,
     Selection,
+    check_is_list,
     plain_name,
-    refuse_bare_string,
     select_weights,
 )
 from lit_compress.compress.schedules import Moment, Schedule, Unit, check_moment
@@ -118,7 +118,7 @@ class WeightClustering(CompressionCallback):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected true or false.")
         for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
-            refuse_bare_string(name, value)
+            check_is_list(name, value)
         if by_layer is not None and layers is not None:
             raise ValueError(
                 "num_clusters is a mapping and layers is given too; the mapping's keys already "
@@ -145,7 +145,7 @@ class WeightClustering(CompressionCallback):
     ) -> None:
         """Choose the weights, fix the moment, take over a checkpoint's clusters, bind the hooks."""
         if state is None:  # else the run that is resumed may quantize by now
-            refuse_quantized_network(pl_module, self)
+            check_not_quantized(pl_module, self)
         self.selection = select_weights(
             pl_module,
             layers=self.layers,
@@ -202,7 +202,7 @@ class WeightClustering(CompressionCallback):
             )
 
     def release(self) -> None:
-        """Let go of optimizers and averages; clusters are not applied any more."""
+        """Release optimizers and averages; clusters are not applied any more."""
         super().release()
         self._is_bound = False
 
@@ -370,7 +370,7 @@ def _checked_numbers(num_clusters: int | dict[str, int]) -> dict[str, int] | Non
 def _summary(selection: Selection) -> str:
     lines = [f"{len(selection.names)} weights are clustered."]
     if selection.skipped:
-        lines.append("Left alone:")
+        lines.append("Skipped:")
         lines += [f"  {weight.name}: {weight.reason}" for weight in selection.skipped]
     return "\n".join(lines)
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from lit_compress.cli.complaints import as_complaint
+    from lit_compress.cli.errors import as_complaint
 
     with _environment_restored():
         try:

@@ -165,16 +165,16 @@ def _interrupted(
     file: Path, groups: ChannelGroups, setting: Mapping[str, str], dense: Mapping[str, float]
 ) -> SensitivityResult:
     """The analysis in the file, if it is one to be continued."""
-    mend = "Give another folder as --output, or remove the file to begin anew."
+    fix = "Give another folder as --output, or remove the file to begin again."
     try:
         done = SensitivityResult.load(file)
         done.check(groups, setting)
     except ValueError as error:
-        raise ValueError(f"{str(file)!r} holds another analysis: {error} {mend}") from error
+        raise ValueError(f"{str(file)!r} holds another analysis: {error} {fix}") from error
     for name in _differing(done.baseline.metrics, dense):
         raise ValueError(
             f"{str(file)!r} holds an analysis on other data: {name!r} of the whole model was "
-            f"{done.baseline.metrics.get(name)} and is {dense.get(name)}. {mend}"
+            f"{done.baseline.metrics.get(name)} and is {dense.get(name)}. {fix}"
         )
     return done
 

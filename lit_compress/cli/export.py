@@ -115,7 +115,7 @@ def _parser() -> CommandParser:
     add("--max_error", "--max-error", type=float, default=0.02,
         help="Largest error as a part of the largest output.")  # fmt: skip
     add("--argmax_agreement", "--argmax-agreement", type=float, default=0.95,
-        help="Least share of positions with the same greatest entry.")  # fmt: skip
+        help="Least share of positions with the same largest entry.")  # fmt: skip
     add("--validate", action="store_true", help="Score the file on all of the validation data.")
     add("--metric_tolerance", "--metric-tolerance", type=float, default=0.01,
         help="How far a metric of the file may be from torch's (--validate).")  # fmt: skip

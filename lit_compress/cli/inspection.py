@@ -251,8 +251,8 @@ def fill(network: nn.Module, path: str) -> None:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or does not fit the network.
     """
-    mend = "Give the configuration of the run that wrote them, as --config FILE."
-    load_checkpoint(network, read_checkpoint(path), path, mend)
+    fix = "Give the configuration of the run that wrote them, as --config FILE."
+    load_checkpoint(network, read_checkpoint(path), path, fix)
 
 
 def _summary(measures: ModelMeasures) -> list[Table]:
@@ -262,7 +262,7 @@ def _summary(measures: ModelMeasures) -> list[Table]:
         ("zeros in weights", shown(measures.sparsity, percent)),
         ("parameters", count(measures.num_params)),
         ("non-zero parameters", count(measures.num_nonzero_params)),
-        ("multiply-adds", shown(measures.macs, count)),
+        ("MACs", shown(measures.macs, count)),
         ("size", megabytes(measures.size_bytes)),
         *((f"size, {codec}", megabytes(size)) for codec, size in sizes),
         *((name, f"{value:.4f}") for name, value in measures.metrics.items()),
@@ -277,7 +277,7 @@ def _summary(measures: ModelMeasures) -> list[Table]:
         )
         for layer in measures.layers
     ]
-    header = ("layer", "multiply-adds", "parameters", "non-zero", "zeros in weights")
+    header = ("layer", "MACs", "parameters", "non-zero", "zeros in weights")
     return [(("", measures.name), totals), (header, layers)]
 
 

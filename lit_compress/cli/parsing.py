@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_compress.cli.complaints import explain, mark
+from lit_compress.cli.errors import explain, mark
 
 __all__ = ["PARSER_MODE", "CommandParser"]
 

@@ -15,7 +15,7 @@ __all__ = ["recalibrate_batch_norm"]
 
 
 def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any], forward: Forward) -> int:
-    """Compute the running statistics of all batch norm layers anew.
+    """Compute the running statistics of all batch norm layers again.
 
     Each becomes the plain average over the batches, so a few tens of batches are enough. Only the
     batch norm layers are in training mode meanwhile; parameters, modes and momentum stay as they

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lit_compress.compress.layers import refuse_bare_string
+from lit_compress.compress.layers import check_is_list
 
 __all__ = ["layer_weights"]
 
@@ -24,7 +24,7 @@ def layer_weights(network: nn.Module, layers: Sequence[str]) -> dict[str, nn.Par
         ValueError: If there are no names, one is given twice, is that of no such module (the
             nearest names are given), or two layers share their weight.
     """
-    refuse_bare_string("layers", layers)
+    check_is_list("layers", layers)
     if not layers:
         raise ValueError("layers is empty; give the name of at least one layer with a weight.")
     known = {

@@ -19,10 +19,10 @@ __all__ = [
     "LayerType",
     "Selection",
     "SkippedWeight",
+    "check_is_list",
     "first_match",
     "match_layers",
     "plain_name",
-    "refuse_bare_string",
     "select_weights",
 ]
 
@@ -33,7 +33,7 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def refuse_bare_string(name: str, value: object) -> None:
+def check_is_list(name: str, value: object) -> None:
     """A string where a list of them belongs would be taken for a list of its letters.
 
     Raises:

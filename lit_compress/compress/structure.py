@@ -2,7 +2,7 @@
 
 Each module that was cut keeps the history of its own values (:func:`note_change`), as plain data in
 its ``__dict__``. So a model and every part and copy of it know how they became what they are and
-can go back, and a module that is built anew is dense. No cut, no trace.
+can go back, and a module that is built again is dense. No cut, no trace.
 """
 
 from __future__ import annotations

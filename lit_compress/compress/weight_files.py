@@ -82,17 +82,17 @@ def read_weights(path: FilePath, load: Callable[[FilePath], Any] | None = None) 
 
 
 def load_weights(
-    network: nn.Module, weights: Mapping[str, Any], source: FilePath, mend: str
+    network: nn.Module, weights: Mapping[str, Any], source: FilePath, fix: str
 ) -> None:
     """Load bare weights into a network; as :func:`load_checkpoint`."""
-    load_checkpoint(network, {"state_dict": weights}, source, mend)
+    load_checkpoint(network, {"state_dict": weights}, source, fix)
 
 
 def load_checkpoint(
     network: nn.Module,
     checkpoint: Mapping[str, Any],
     source: FilePath,
-    mend: str,
+    fix: str,
     strict: bool = True,
 ) -> None:
     """Load weights into a network, whatever prefix they carry and whatever cuts they saw.
@@ -104,7 +104,7 @@ def load_checkpoint(
             network that was cut. Where the names have a prefix, as in ``model.conv.weight``, it is
             stripped, and what lies outside of it is ignored.
         source: Where the checkpoint came from, for the message.
-        mend: What to do where it does not fit, for the message.
+        fix: What to do where it does not fit, for the message.
         strict: Whether each weight of the network must be there, and no other.
 
     Raises:
@@ -125,7 +125,7 @@ def load_checkpoint(
         under = f" under {prefix!r}" if prefix else ""
         raise ValueError(
             f"the weights in {os.fspath(source)!r}{under} do not fit {type(network).__name__}: "
-            f"{misfit}. {mend}"
+            f"{misfit}. {fix}"
         )
     replay(network, record, of_record)
     take_quantization(network, checkpoint, prefix, repr(os.fspath(source)))

@@ -33,7 +33,7 @@ class ParityTolerance:
             output, 0 to 1; of the worst output where there are several.
         cosine: Least cosine of the angle between the outputs of both, over all examples, 0 to 1;
             of the worst output where there are several.
-        argmax_agreement: Least share of positions at which both have the same greatest entry,
+        argmax_agreement: Least share of positions at which both have the same largest entry,
             0 to 1. One position may always differ: of two entries that are nearly equal either
             may be the greater.
 
@@ -90,7 +90,7 @@ class Parity:
         max_relative_error: The same as a part of the largest magnitude in torch's output; the
             largest one of several outputs. Infinite where an output is not finite.
         argmax_agreement: Share of positions (examples, pixels) at which both have the same
-            greatest entry in the class dimension: the second one, or the last one of a matrix
+            largest entry in the class dimension: the second one, or the last one of a matrix
             a position. ``None`` where no output has one.
         num_examples: Examples compared.
         num_positions: Positions compared.

@@ -53,7 +53,7 @@ class Runner(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what the runtime holds."""
+        """Release what the runtime holds."""
 
 
 class Route(ABC):

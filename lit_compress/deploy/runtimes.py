@@ -124,7 +124,7 @@ class LoadedFile:
         return self._runner(inputs)
 
     def close(self) -> None:
-        """Let go of what the runtime holds."""
+        """Release what the runtime holds."""
         self._runner.close()
 
     def __enter__(self) -> LoadedFile:

@@ -39,7 +39,7 @@ class LayerComplexity:
     Attributes:
         name: The module's name in the model, ``""`` for the model itself.
         type: The module's class name.
-        macs: Multiply-adds for one example in this module's own forward; None if not measured.
+        macs: MACs for one example in this module's own forward; None if not measured.
             ``nn.MultiheadAttention`` multiplies with its ``out_proj`` itself, so the work stands
             in its row and ``out_proj`` has none.
         num_params: Elements of its parameters.
@@ -79,7 +79,7 @@ class Sparsity:
 def count_macs(
     model: nn.Module, example_inputs: ExampleInputs, *, batch_size: int | None = None
 ) -> int:
-    """Count the multiply-adds of one forward pass for one example.
+    """Count the MACs of one forward pass for one example.
 
     Counted are convolutions, matrix products (linear layers, ``matmul``, ``einsum``), attention
     (Q·Kᵀ and weights·V, causal or not) and recurrent layers. Biases, normalisation, activations,
@@ -97,7 +97,7 @@ def count_macs(
             give it where the batch is another dimension, or 1 for input without a batch.
 
     Returns:
-        Multiply-adds per example: those of the batch divided by its size, rounded. Half of what
+        MACs per example: those of the batch divided by its size, rounded. Half of what
         torch's ``FlopCounterMode`` would call FLOPs.
 
     Raises:
@@ -204,7 +204,7 @@ def _checked_batch_size(example_inputs: ExampleInputs, batch_size: int | None) -
 
 
 def _macs_by_module(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
-    """Multiply-adds of the whole batch, by the name of the innermost running module."""
+    """MACs of the whole batch, by the name of the innermost running module."""
     _refuse_lazy(model)
     try:
         meta_inputs = map_tensors(example_inputs, lambda t: torch.empty_like(t, device="meta"))

@@ -2,7 +2,7 @@
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts convolutions, matrix products and the CUDA
 attention kernels. It passes silently over the operators below. Each formula gets the shapes of
-the operator's arguments and returns operations, two per multiply-add, as torch's own do.
+the operator's arguments and returns operations, two per MAC, as torch's own do.
 """
 
 from __future__ import annotations

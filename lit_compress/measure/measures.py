@@ -25,7 +25,7 @@ class ModelMeasures:
         size_bytes: Bytes of the saved state.
         compressed_size_bytes: The same compressed, by codec (``"deflate"``, ``"zstd"``).
         layers: One row for each module that holds parameters or multiplies.
-        macs: Multiply-adds for one example.
+        macs: MACs for one example.
         latency: Times by number of threads and batch size.
         peak_memory_bytes: How far memory rises during a call.
         metrics: Any figures of merit by name, such as ``{"top1": 0.885}``.
@@ -65,7 +65,7 @@ def measure_model(
     Args:
         model: Any module.
         example_inputs: One batch; a tensor, a tuple of arguments or a dict of keyword arguments.
-            Without it multiply-adds, latency and memory stay unknown.
+            Without it MACs, latency and memory stay unknown.
         name: What to call it; by default its class name.
         metrics: Figures of merit that the caller measured, kept as they are.
         latency: True times it with the defaults of `measure_latency`; or give its results.

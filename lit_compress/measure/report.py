@@ -97,7 +97,7 @@ class CompressionReport(SavedAsJSON):
         layer_header = (
             "layer",
             "type",
-            "multiply-adds",
+            "MACs",
             "parameters",
             "non-zero",
             "zeros in weights",
@@ -146,7 +146,7 @@ def _masks_alone(dense: ModelMeasures, compressed: ModelMeasures) -> str | None:
     )
     return (
         f"Masks alone give no speed-up: {shown(compressed.sparsity, percent)} of the weights are "
-        "zero, but zeros are stored and multiplied like any other number. The multiply-adds are "
+        "zero, but zeros are stored and multiplied like any other number. The MACs are "
         f"the same{work} and the dense runtimes gain nothing. What is gained is compressed size"
         f"{f' ({sizes})' if sizes else ''}; speed needs a sparse runtime or channel pruning."
     )

@@ -41,7 +41,7 @@ def quantities(dense: ModelMeasures, compressed: ModelMeasures) -> list[Quantity
         Quantity(
             "non-zero parameters", dense.num_nonzero_params, compressed.num_nonzero_params, count
         ),
-        Quantity("multiply-adds", dense.macs, compressed.macs, millions),
+        Quantity("MACs", dense.macs, compressed.macs, millions),
         Quantity("size", dense.size_bytes, compressed.size_bytes, megabytes),
         *(
             Quantity(
@@ -127,7 +127,7 @@ def count(value: float) -> str:
 
 
 def millions(value: float) -> str:
-    """A number of multiply-adds: ``1,814.073 M``, ``589,824``."""
+    """A number of MACs: ``1,814.073 M``, ``589,824``."""
     return f"{value / 1e6:,.3f} M" if value >= 1e6 else count(value)
 
 

@@ -34,7 +34,7 @@ class BitSpace:
         network: The network in floating point.
         layers: Names of the layers to decide on, convolutions and linear ones in forward order; see
             :func:`quantizable_layers`.
-        layer_macs: Multiply-adds of each layer for one example, by module name.
+        layer_macs: MACs of each layer for one example, by module name.
         min_bits: The fewest bits, from 2.
         max_bits: The most bits, up to 8.
         max_bytes: Rounded weights that are kept at most.

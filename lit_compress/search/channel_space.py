@@ -27,7 +27,7 @@ class ChannelSpace:
         network: The dense network.
         groups: Its channels.
         copies: Makes slim copies of it.
-        layer_macs: Multiply-adds of each layer for one example, by module name.
+        layer_macs: MACs of each layer for one example, by module name.
         round_to: Channels kept are multiples of it where a group has more.
         min_preserve_ratio: No group keeps a smaller share of its channels, in (0, 1].
         latency_ms: Milliseconds of many plans: int64 ``[n, num_groups]`` of channels kept to

@@ -77,7 +77,7 @@ class LatencyCache:
     def _damaged(self, reason: str) -> ValueError:
         return ValueError(
             f"{self.path} cannot be read as a cache of latencies: {reason}. Mend or move the file, "
-            "or name another one, and the layers are timed anew."
+            "or name another one, and the layers are timed again."
         )
 
 

@@ -1,6 +1,6 @@
 """LatencyTable: the latency of any plan, from times of its layers at a grid of sizes.
 
-A latency that is measured anew for every candidate would be slow and noisy, and could not say in
+A latency that is measured again for every candidate would be slow and noisy, and could not say in
 advance what is within a budget. So each layer is timed alone at a grid of sizes, and the time of a
 network is read off (Yang et al. 2018, "NetAdapt", section 3.3). Unlike there, the layers are timed
 as this network calls them, and what norms, activations and all the rest take is added: the

@@ -19,11 +19,11 @@ def layer_features(
         network: The network.
         layers: Names of modules in it, in forward order; a ``#2`` after a name, as channel groups
             have it where one layer makes several, does not count.
-        layer_macs: Multiply-adds of each for one example; 0 where not known.
+        layer_macs: MACs of each for one example; 0 where not known.
 
     Returns:
         For each layer: whether it is linear, inputs, outputs, kernel size, stride, weights and
-        multiply-adds, each scaled over the layers to [0, 1] (sizes by their logarithms); 0 where
+        MACs, each scaled over the layers to [0, 1] (sizes by their logarithms); 0 where
         all are the same.
     """
     names = [layer.partition("#")[0] for layer in layers]

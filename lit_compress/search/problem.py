@@ -4,7 +4,7 @@ A problem knows nothing of networks: it is a table of decisions (channels kept, 
 for each layer or group of coupled layers, in forward order) and of costs that never fall where a
 decision keeps more. That is enough to say at each step which values are still allowed, for every
 kind of cost, measured latency included: the rule of He et al. 2018 ("AMC", algorithm 1), there
-solved for multiply-adds only.
+solved for MACs only.
 """
 
 from __future__ import annotations

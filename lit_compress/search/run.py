@@ -194,11 +194,11 @@ def _settled(
             return replace(episode, score=math.nan, reward=math.nan, failure=score)
         return replace(episode, score=score, reward=reward(score, episode.costs))
 
-    anew = {e.number: settled(e) for e in finished if e.choice in scores}
-    winner = task.result(tuple(anew[number] for number in sorted(anew))).best
+    again = {e.number: settled(e) for e in finished if e.choice in scores}
+    winner = task.result(tuple(again[number] for number in sorted(again))).best
     if winner is None:
         return result
-    episodes = tuple(anew.get(e.number, e) for e in result.episodes)
+    episodes = tuple(again.get(e.number, e) for e in result.episodes)
     return replace(task.result(episodes), best=winner)
 
 
@@ -255,7 +255,7 @@ def _restored(
     except Exception as error:  # whatever a damaged archive raises
         raise ValueError(
             f"{str(file)!r} cannot be read as the state of a search ({type(error).__name__}); "
-            "remove it to begin anew, or give another folder."
+            "remove it to begin again, or give another folder."
         ) from error
     if found != _FORMAT:
         raise ValueError(
@@ -267,7 +267,7 @@ def _restored(
             raise ValueError(
                 f"{str(file)!r} holds another search: its {key} is "
                 f"{_shown(state['task'].get(key))} and not {_shown(value)}. Give another folder, "
-                "or remove the file to begin anew."
+                "or remove the file to begin again."
             )
     searcher.load_state_dict(state["searcher"])
     evaluate.load_state_dict(state["evaluator"])

@@ -142,7 +142,7 @@ class SearchResult(SavedAsJSON):
         raise ValueError(
             f"none of {len(self.episodes)} episodes finished ({self.num_failed} failed, "
             f"{self.num_given_up} were given up early), so there is no best one; let the search "
-            f"run longer, or mend what fails.{reason}"
+            f"run longer, or fix what fails.{reason}"
         )
 
     @property

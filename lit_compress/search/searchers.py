@@ -258,7 +258,7 @@ def random_choice(problem: RatioProblem, generator: torch.Generator) -> Choice:
 class DDPGSearcher:
     """The agent of :mod:`~lit_compress.search.ddpg`, and where its first episodes come from.
 
-    The first episodes are rules of thumb, then random choices; the agent learns from all of them.
+    The first episodes are heuristics, then random choices; the agent learns from all of them.
     After ``learning_starts`` the actor decides, with falling noise. Where that leads to a choice
     that was tried already, noise grows until it does not, so that no episode is wasted.
 
@@ -301,7 +301,7 @@ class DDPGSearcher:
         self._learning: Future[object] | None = None
 
     def ask(self) -> Proposal:
-        """The next choice: a rule of thumb, a random one, or the actor's."""
+        """The next choice: a heuristic, a random one, or the actor's."""
         number, self._asked = self._asked, self._asked + 1
         if number < len(self._first):
             return self._first[number]

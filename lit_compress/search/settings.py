@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lit_compress.compress.layers import refuse_bare_string
+from lit_compress.compress.layers import check_is_list
 from lit_compress.search.problem import Budget
 from lit_compress.search.search_result import Space
 
@@ -40,7 +40,7 @@ class SearchTarget:
     """The budget of a search, as a user declares it; at most one of these.
 
     Attributes:
-        target_macs_ratio: Multiply-adds kept ÷ dense, in (0, 1).
+        target_macs_ratio: MACs kept ÷ dense, in (0, 1).
         target_params_ratio: Parameters kept ÷ dense, in (0, 1).
         target_size_bytes: Bytes of the weights.
         target_latency_ms: Milliseconds of one forward pass of one example, by a measured table.
@@ -131,7 +131,7 @@ class CandidateSettings:
     ignored_layers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        refuse_bare_string("ignored_layers", self.ignored_layers)
+        check_is_list("ignored_layers", self.ignored_layers)
         object.__setattr__(self, "ignored_layers", tuple(self.ignored_layers))
         if self.num_calibration_batches < 0:
             raise ValueError(

@@ -27,7 +27,7 @@ class SparsitySpace:
         network: The dense network.
         layers: Names of the layers to decide on, in forward order; see :func:`sparse_layers`.
         copies: Makes sparse copies of the network.
-        layer_macs: Multiply-adds of each layer for one example, by module name; of all layers, not
+        layer_macs: MACs of each layer for one example, by module name; of all layers, not
             only of those that are decided on.
         target_sparsity: Zeros / weights of all these layers together, in (0, 1).
         num_levels: Densities that a layer can choose from, at most; at least 2.
@@ -196,7 +196,7 @@ def exact_sparsities(
 def _costs(
     network: nn.Module, weights: Mapping[str, nn.Parameter], layer_macs: Mapping[str, int]
 ) -> dict[str, Cost]:
-    """Weights kept; multiply-adds, parameters and bytes of those and of all else."""
+    """Weights kept; MACs, parameters and bytes of those and of all else."""
     sizes = torch.tensor([w.numel() for w in weights.values()], dtype=torch.float64)
     macs = torch.tensor([layer_macs.get(name, 0) for name in weights], dtype=torch.float64)
     widths = torch.tensor([w.element_size() for w in weights.values()], dtype=torch.float64)

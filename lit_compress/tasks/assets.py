@@ -84,7 +84,7 @@ def cifar10_jpeg_dir(assets: str | Path | None = None) -> Path:
             "as train/<class>/*.jpg and test/<class>/*.jpg."
         )
     stat = archive.stat()
-    # Size and time stand for the content: a new archive is unpacked anew.
+    # Size and time stand for the content: a new archive is unpacked again.
     return unpack_once(archive, cache_dir() / f"cifar10-jpeg-{stat.st_size}-{stat.st_mtime_ns}")
 
 
@@ -178,5 +178,5 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         ValueError: If the file is truncated or foreign, or if a weight is missing, unknown or of
             another shape; the first such name is given.
     """
-    mend = "Give the weights of this very architecture."
-    weight_files.load_weights(model, weight_files.read_weights(path), path, mend)
+    fix = "Give the weights of this very architecture."
+    weight_files.load_weights(model, weight_files.read_weights(path), path, fix)

@@ -30,7 +30,7 @@ class ImageFolderDataModule(ImageDataModule):
     Without ``val``, a part of each class is held out of ``train``; without ``test``, ``val`` is
     tested on. Images are scaled and cut to squares, decoded once and kept in memory as bytes (and
     in the cache folder for the next start) where all of them fit; otherwise a torch DataLoader
-    decodes them anew each epoch. Labels count the class folders in alphabetical order.
+    decodes them again each epoch. Labels count the class folders in alphabetical order.
 
     Args:
         root: The folder that holds ``train``.

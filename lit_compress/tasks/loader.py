@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn anew for every image of a training batch.
+    """What is drawn again for every image of a training batch.
 
     Args:
         crop_padding: The image is padded with this many black pixels on each side and cut back at

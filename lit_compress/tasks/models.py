@@ -165,9 +165,9 @@ def build_model(name: str, num_classes: int = 10, **kwargs: Any) -> nn.Module:
         known = [*MODELS, *torchvision.models.list_models(torchvision.models)]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            mend = f"did you mean {', '.join(near)}?" if near else f"ours are {', '.join(MODELS)}."
+            fix = f"did you mean {', '.join(near)}?" if near else f"ours are {', '.join(MODELS)}."
             raise ValueError(
-                f"model came as {name!r}, which no model here or in torchvision has: {mend}"
+                f"model came as {name!r}, which no model here or in torchvision has: {fix}"
             )
         build = torchvision.models.get_model_builder(name)
     try:

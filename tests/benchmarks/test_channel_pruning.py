@@ -57,8 +57,8 @@ def test_all_bars_hold():
     [
         ({"peer": 0.88}, "leads Torch-Pruning by -1.00 points"),
         ({"repaired": 0.35}, "reconstruction gains -5.00 points"),
-        ({"macs_ratio": 0.51}, "keeps 0.5100 of the multiply-adds"),
-        ({"macs_ratio": 0.48}, "keeps 0.4800 of the multiply-adds"),
+        ({"macs_ratio": 0.51}, "keeps 0.5100 of the MACs"),
+        ({"macs_ratio": 0.48}, "keeps 0.4800 of the MACs"),
         ({"seeds": (1, 2)}, "best has 2 runs of 3"),
         ({"seeds": ()}, "leads Torch-Pruning by nan points"),
         ({"cut_time": cut_time(ratio(1.1), ratio(0.2))}, "ratio 1.1000"),

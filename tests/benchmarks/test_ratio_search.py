@@ -98,7 +98,7 @@ def test_more_than_the_budget_is_a_miss():
     spent = results()
     spent["searches"][3]["cost_ratio"] = 0.5001
     (miss,) = [bar for bar in judged.bars(spent) if not bar.holds]
-    assert "multiply-adds kept / dense: 0.5001 (at most 0.5000)" in str(miss)
+    assert "MACs kept / dense: 0.5001 (at most 0.5000)" in str(miss)
 
 
 def test_a_study_that_has_not_begun_holds_nothing():

@@ -94,7 +94,7 @@ def loader(num: int = 128, **settings: Any) -> DataLoader:
 
 
 def search(target: float | None = 0.5, **arguments: Any) -> RatioSearch:
-    """Four episodes over channels on half of the multiply-adds, unless told."""
+    """Four episodes over channels on half of the MACs, unless told."""
     settings = {"num_episodes": 4, "agent": AGENT, "candidates": FEW, "scoring": SMALL}
     return RatioSearch(**(settings | {"target_macs_ratio": target} | arguments))
 

@@ -56,7 +56,7 @@ def refused(capsys, *arguments):
 def test_report_of_a_run(capsys, checkpoint):
     assert main(["report", str(checkpoint), "--json=out.json", "--markdown=deep/out.md"]) == 0
     printed = capsys.readouterr().out
-    assert "multiply-adds" in printed
+    assert "MACs" in printed
     figures = json.loads(Path("out.json").read_text())
     layers = {layer["name"]: layer for layer in figures["layers"]}
     # 3x3 convolutions at 8 x 8 pixels, then half of that: each example costs pixels x weights.

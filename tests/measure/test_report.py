@@ -50,7 +50,7 @@ def test_masks_are_seen_without_inputs_too() -> None:
     report = CompressionReport(measure_model(model()), measure_model(model(zeros=0.5)))
     (finding,) = report.findings
     assert "50.00 % of the weights" in finding
-    assert "The multiply-adds are the same and the dense" in finding
+    assert "The MACs are the same and the dense" in finding
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_printed_table() -> None:
     assert cells["zeros in weights"] == ["0.00", "%", "89.99", "%"]
     assert cells["parameters"] == ["4,810", "4,810", f"{TIMES}1"]
     assert cells["non-zero parameters"] == ["4,810", "548", f"{TIMES}0.114"]
-    assert cells["multiply-adds"] == ["4,736", "4,736", f"{TIMES}1"]
+    assert cells["MACs"] == ["4,736", "4,736", f"{TIMES}1"]
     assert cells["latency"] == cells["peak memory"] == [UNKNOWN] * 3
     assert cells["top1"] == ["0.8850", "0.8740", "-0.0110"]
     assert lines[-1] == "* Three seeds."
@@ -95,7 +95,7 @@ def test_the_printed_table() -> None:
 
 def test_kept_holds_what_is_known_of_both() -> None:
     kept = masked(latency=times(2.0)).kept()
-    assert kept["parameters"] == kept["multiply-adds"] == kept["size"] == 1.0
+    assert kept["parameters"] == kept["MACs"] == kept["size"] == 1.0
     assert kept["non-zero parameters"] == pytest.approx(548 / 4810)
     assert kept["latency, 1 thread, batch 1, cpu"] == 1.0
     assert "peak memory" not in kept

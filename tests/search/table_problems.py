@@ -36,7 +36,7 @@ def problems(draw: st.DrawFn, with_budget: bool = True) -> RatioProblem:
 def monotone_cost(kind: str, decisions: tuple[Decision, ...], chance: random.Random) -> Cost:
     """A cost that never falls where a value rises, and may stay as it is."""
     count = len(decisions)
-    if kind == "pairs":  # multiply-adds of layers that read what others make
+    if kind == "pairs":  # MACs of layers that read what others make
         products = [[_number(chance) for _ in range(count)] for _ in range(count)]
         return pair_cost(products, [_number(chance) for _ in range(count)])
     if kind == "concave":

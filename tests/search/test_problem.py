@@ -46,7 +46,7 @@ def test_every_walk_within_the_bounds_meets_the_budget_and_leaves_none_out(probl
 @given(problems(), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=60)
 def test_the_bounds_are_the_tightest(problem, chance):
-    """One more than the highest cannot be mended later; one below the lowest cannot be spent."""
+    """One more than the highest cannot be fixed later; one below the lowest cannot be spent."""
     count = len(problem.decisions)
     chosen = ()
     for step in range(count):

@@ -137,7 +137,7 @@ def test_processes_agree_on_what_is_tried():
 @pytest.mark.parametrize("killed_after", [1, 3, 5, 6, 7, 11])
 @pytest.mark.parametrize("evaluator_of", [evaluator, racing_evaluator])
 def test_a_killed_search_goes_on_exactly(tmp_path, killed_after, evaluator_of):
-    """Among the rules of thumb, the random ones, and where the actor learns."""
+    """Among the heuristics, the random ones, and where the actor learns."""
     whole = search_ratios(task_of(), ddpg(), evaluator_of(), EPISODES)
     file = tmp_path / "deep" / "search.pt"
 
@@ -322,7 +322,7 @@ def test_without_a_settled_one_the_result_is_as_before(error):
 
 
 def test_without_a_budget_the_smallest_of_the_same_error_wins():
-    """The reward is minus the error times the logarithm of the multiply-adds."""
+    """The reward is minus the error times the logarithm of the MACs."""
     task = task_of(FREE, reward="error_log_macs")
     choices = [FREE.highest, (1, 7, 3), (1, 7, 7), (0, 3, 0)]
     scores = dict(zip(choices, (0.9, 0.9, 0.9, 0.5), strict=True))
@@ -390,7 +390,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"search.pt' cannot be read as the state of a search"):
         search_ratios(task_of(), ddpg(), evaluator(), 5, state_file=file)
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"cannot be read .*remove it to begin anew"):
+    with pytest.raises(ValueError, match=r"cannot be read .*remove it to begin again"):
         search_ratios(task_of(), ddpg(), evaluator(), 5, state_file=file)
     assert file.read_text() == "{}"
     for foreign in ({"state_dict": {}}, torch.zeros(2)):

@@ -59,7 +59,7 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-# --- Rules of thumb -------------------------------------------------------------------------------
+# --- Heuristics -------------------------------------------------------------------------------
 
 
 def test_rules_of_thumb_are_uniform_falling_and_rising():
@@ -233,7 +233,7 @@ def test_the_global_random_state_is_neither_read_nor_advanced(searcher):
 
 @pytest.mark.parametrize("stop", [0, 4, 13, 14, 18])
 def test_ddpg_goes_on_exactly_after_any_number_of_episodes(stop):
-    """Among the rules of thumb, the random ones, and while the last episode is being learned."""
+    """Among the heuristics, the random ones, and while the last episode is being learned."""
     expected = episodes(ddpg(), 20)
     before = ddpg()
     assert episodes(before, stop) == expected[:stop]

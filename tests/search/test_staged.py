@@ -14,7 +14,7 @@ CHANNELS = {"first": 64, "second": 32}
 
 
 def found(space, channels, kept):
-    """A search from a network of some channels, each of which costs one multiply-add."""
+    """A search from a network of some channels, each of which costs one MAC."""
     decisions = tuple(
         Decision(name, tuple(map(float, range(1, full + 1))), float(full), (0.0,))
         for name, full in channels.items()

@@ -279,7 +279,7 @@ class Distillation(CompressionCallback):
 
     def _adopt(self, network: nn.Module, pl_module: LightningModule) -> None:
         teacher = Teacher(network.to(pl_module.device), self.objective.teacher_layers)
-        teacher.refuse_shared_parameters(pl_module)
+        teacher.check_shared_parameters(pl_module)
         self._teachers = [teacher]
 
     def _begin_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:

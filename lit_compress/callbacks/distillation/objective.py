@@ -115,7 +115,7 @@ class Objective:
 
         Args:
             calls: What the student was asked and what it answered.
-            teacher: Is asked the same; left alone where no weight is above 0.
+            teacher: Is asked the same; skipped where no weight is above 0.
 
         Returns:
             ``logits_loss`` and ``feature_loss``, unweighted scalars averaged over the calls; those

@@ -54,7 +54,7 @@ class Teacher:
         """Take the hooks off the teacher."""
         self._calls.remove()
 
-    def refuse_shared_parameters(self, module: nn.Module) -> None:
+    def check_shared_parameters(self, module: nn.Module) -> None:
         """Make sure that training ``module`` leaves the teacher alone.
 
         Raises:

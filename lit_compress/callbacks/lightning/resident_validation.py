@@ -66,7 +66,7 @@ class ResidentValidation:
         pl_module: The LightningModule.
         network: The network in it that the others take the place of, or the module itself.
         batches: What to validate on; see :func:`record_validation`. They are gone through at
-            every call, and may be loaded anew each time.
+            every call, and may be loaded again each time.
         trainer: The Trainer that the module's hooks see.
         several_loaders: Whether hooks are given the number of the loader; by default, if batches
             of several are there.

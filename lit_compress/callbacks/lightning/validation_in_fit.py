@@ -20,7 +20,7 @@ def validation_in_fit(
 ) -> Callable[[], dict[str, float]] | None:
     """The validation of a network as it is when the result is called.
 
-    Batches are loaded anew each time. In several processes each one validates its share; metrics
+    Batches are loaded again each time. In several processes each one validates its share; metrics
     of torchmetrics are of all shares, and for other values the mean over processes is taken.
 
     Args:
@@ -57,7 +57,7 @@ def validation_in_fit(
 
 
 class _LoadedBatches(Iterable[ValidationBatch]):
-    """The batches of a validation loop, on their device, loaded by each iteration anew."""
+    """The batches of a validation loop, on their device, loaded by each iteration again."""
 
     def __init__(
         self, trainer: pl.Trainer, loader: CombinedLoader, limits: list[int | float]

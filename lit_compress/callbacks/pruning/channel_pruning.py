@@ -22,9 +22,13 @@ from lit_compress.callbacks.pruning.channel_scores import (
     check_importance,
     measured_after_cut,
 )
-from lit_compress.callbacks.pruning.channel_way import ChannelWay, cut_and_mend, pull_in_step
+from lit_compress.callbacks.pruning.channel_way import (
+    ChannelWay,
+    apply_penalty,
+    prune_and_reconstruct,
+)
 from lit_compress.callbacks.search.searched import WayToCut
-from lit_compress.callbacks.stage_order import Stage, StageSpan, refuse_quantized_network
+from lit_compress.callbacks.stage_order import Stage, StageSpan, check_not_quantized
 from lit_compress.compress.channels.cut import misfit
 from lit_compress.compress.channels.goal import (
     ChannelAllocation,
@@ -37,7 +41,7 @@ from lit_compress.compress.channels.importance import Importance
 from lit_compress.compress.channels.penalty import ChannelPenalty
 from lit_compress.compress.channels.plan import ChannelPlan
 from lit_compress.compress.channels.progress import ChannelProgress, Spread, check_spread
-from lit_compress.compress.layers import refuse_bare_string
+from lit_compress.compress.layers import check_is_list
 from lit_compress.compress.schedules import Ramp, Schedule
 from lit_compress.search.search_result import SearchResult, Space
 from lit_compress.search.settings import CandidateSettings
@@ -48,7 +52,7 @@ __all__ = ["ChannelPruning"]
 class ChannelPruning(CompressionCallback):
     """Removes channels for good, all coupled layers at once, during ``Trainer.fit``.
 
-    Tensors get smaller, and with them multiply-adds, latency and files; nothing is masked. Which
+    Tensors get smaller, and with them MACs, latency and files; nothing is masked. Which
     channels belong together is found by running the network once. The fit goes on over each cut:
     optimizer state, gradients, weight averages and the masks of ``MagnitudeSparsity`` are cut to
     the channels that stay; parameters stay the same objects in the same parameter groups; DDP
@@ -74,7 +78,7 @@ class ChannelPruning(CompressionCallback):
             for each, or a mapping from name patterns of groups; groups that none matches stay.
         plan: Channels kept in each group: a :class:`ChannelPlan`, the path of its JSON file, or
             ``"searched"``: what the ``RatioSearch`` listed before it finds.
-        target_macs_ratio: Multiply-adds kept / dense, in (0, 1]; met within 1 %, never exceeded.
+        target_macs_ratio: MACs kept / dense, in (0, 1]; met within 1 %, never exceeded.
         target_params_ratio: Parameters kept / dense; likewise.
         target_size_bytes: Bytes of the weights; likewise.
         target_latency_ms: Milliseconds of one forward pass with one example on this machine; met
@@ -149,7 +153,7 @@ class ChannelPruning(CompressionCallback):
         check_importance(self.importance)
         check_spread(spread)
         check_count("num_calibration_batches", self.num_calibration_batches)
-        refuse_bare_string("ignored_layers", ignored_layers)
+        check_is_list("ignored_layers", ignored_layers)
         self._is_searched = self.goal.waits_for_search
         self.schedule = schedule
         self.spread = spread
@@ -170,7 +174,7 @@ class ChannelPruning(CompressionCallback):
     ) -> None:
         """Find the channels, make the plan and fix the schedule, or take them from a checkpoint."""
         if state is None:  # else the run that is resumed may quantize by now
-            refuse_quantized_network(pl_module, self)
+            check_not_quantized(pl_module, self)
         network = find_uncompiled_network(pl_module)
         self._sample = TrainingSample(trainer, pl_module, network, self.num_calibration_batches)
         if state is not None and self._resume(state, network):
@@ -201,7 +205,7 @@ class ChannelPruning(CompressionCallback):
         if self._next_keep is None:
             self._next_keep = self._choose(trainer, pl_module, cut)
         groups, kind, network = self._way.now, self.penalty.kind, find_uncompiled_network(pl_module)
-        pull_in_step(trainer, optimizer, network, groups, self._next_keep, strength, kind)
+        apply_penalty(trainer, optimizer, network, groups, self._next_keep, strength, kind)
 
     def on_train_batch_end(
         self,
@@ -225,7 +229,7 @@ class ChannelPruning(CompressionCallback):
             )
 
     def release(self) -> None:
-        """Let go of the run and of the training sample."""
+        """Release the run and the training sample."""
         super().release()
         self._sample = None
 
@@ -330,7 +334,7 @@ class ChannelPruning(CompressionCallback):
         keep = self._choose(trainer, pl_module, point) if ahead is None else ahead
         self._clock.last_point, self._next_keep = point, None
         if not bool(keep.all()):
-            self._way.now = cut_and_mend(
+            self._way.now = prune_and_reconstruct(
                 trainer, pl_module, network, self._way.now, keep, self._training.inputs,
                 self.reconstruct, self.recalibrate_batch_norm,
             )  # fmt: skip

@@ -75,7 +75,7 @@ def run_network(network: nn.Module, inputs: NetworkInput) -> Any:
 def measured_after_cut(
     network: nn.Module, groups: ChannelGroups, sample: TrainingSample
 ) -> dict[str, float]:
-    """What is logged of a network that was cut: channels, parameters and multiply-adds.
+    """What is logged of a network that was cut: channels, parameters and MACs.
 
     Args:
         network: The network.

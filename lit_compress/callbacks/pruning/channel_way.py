@@ -30,7 +30,7 @@ from lit_compress.compress.structure import record_of, replay
 from lit_compress.compress.structure_record import StructureRecord
 from lit_compress.measure import layer_complexity, measure_latency
 
-__all__ = ["ChannelWay", "cut_and_mend", "pull_in_step"]
+__all__ = ["ChannelWay", "apply_penalty", "prune_and_reconstruct"]
 
 
 class ChannelWay:
@@ -86,7 +86,7 @@ class ChannelWay:
         return ChannelProgress(groups, plan, spread, self._goal.round_to, now)
 
     def plan_again(self, progress: ChannelProgress) -> None:
-        """Make the plan anew, for weights that were trained since the first one was made.
+        """Make the plan again, for weights that were trained since the first one was made.
 
         Where the new order of channels does not meet the target, the first plan stays: it is no
         reason to end a run.
@@ -94,7 +94,7 @@ class ChannelWay:
         try:
             progress.plan = self._plan(self._dense(), progress.dense, progress.now)
         except ValueError as error:
-            rank_zero_warn(f"ChannelPruning: the plan of the begin of the fit stays: {error}")
+            rank_zero_warn(f"ChannelPruning: the plan of the start of the fit stays: {error}")
 
     def _dense(self) -> nn.Module:
         """The network as it was before any cut, whatever its weights."""
@@ -154,7 +154,7 @@ def _scores_of_dense(groups: ChannelGroups, now: ChannelGroups, scores: Tensor) 
     return padded
 
 
-def cut_and_mend(
+def prune_and_reconstruct(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     network: nn.Module,
@@ -181,7 +181,7 @@ def cut_and_mend(
     """
     before = copy_network(network) if by_least_squares else None
 
-    def mend() -> None:
+    def after_cut() -> None:
         with torch.compiler.set_stance("force_eager"):
             if before is not None:
                 done = reconstruct(network, before, groups, keep, inputs, run_network)
@@ -189,10 +189,10 @@ def cut_and_mend(
             if new_statistics:
                 recalibrate_batch_norm(network, inputs, run_network)
 
-    return cut_in_fit(trainer, pl_module, network, groups, keep, mend)
+    return cut_in_fit(trainer, pl_module, network, groups, keep, after_cut)
 
 
-def pull_in_step(
+def apply_penalty(
     trainer: pl.Trainer,
     optimizer: Optimizer,
     network: nn.Module,

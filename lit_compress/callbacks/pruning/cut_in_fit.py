@@ -48,7 +48,7 @@ def cut_in_fit(
     network: nn.Module,
     groups: ChannelGroups,
     keep: Tensor,
-    mend: Callable[[], None] | None = None,
+    after_cut: Callable[[], None] | None = None,
 ) -> ChannelGroups:
     """Cut the network of a module that is being trained, between two batches.
 
@@ -63,8 +63,8 @@ def cut_in_fit(
         network: The network inside of it (or itself) in which the groups were found.
         groups: Its channels.
         keep: bool, shape ``[groups.num_channels]``; true where the channel stays.
-        mend: Gives the network that was cut new values; where processes train together, all get
-            those of the first.
+        after_cut: Gives the network that was cut new values; where processes train together, all
+            get those of the first.
 
     Returns:
         The groups of the network as it is now.
@@ -90,8 +90,8 @@ def cut_in_fit(
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, FollowsChannelCuts):
             callback.on_channels_cut(trainer, pl_module, kept)
-    if mend is not None:
-        mend()
+    if after_cut is not None:
+        after_cut()
     rewrap(trainer, pl_module)
     # Compiled code is bound to the old shapes; without this it would run out of recompilations.
     torch._dynamo.reset()

@@ -88,7 +88,7 @@ class PostTrainingQuantization(CompressionCallback):
         layer_bits: Bits of weights by name pattern of the layer, where they differ, for the first
             three; or ``"searched"``: what the ``RatioSearch`` listed before it finds.
         ranges: How ranges of activations come from the values seen, for ``"static"``: their least
-            and greatest (``"minmax"``), these averaged over batches (``"moving_average"``), or from
+            and largest (``"minmax"``), these averaged over batches (``"moving_average"``), or from
             a histogram by least information lost (``"histogram"``), by a ``percentile`` or by
             least squared error (``"mse"``).
         percentile: Percent of the values inside of the range, in (50, 100], for

@@ -77,7 +77,7 @@ class QuantizationAwareTraining(CompressionCallback):
         activation_bits: Bits of activations, 2 to 8; ``None`` leaves them in floating point.
         layer_bits: Bits of weights by name pattern of the layer, where they differ; or
             ``"searched"``: what the ``RatioSearch`` listed before it finds.
-        ranges: ``"observed"``: weights by their greatest magnitude, activations by a moving average
+        ranges: ``"observed"``: weights by their largest magnitude, activations by a moving average
             of what they reach. ``"learned"``: scales are trained with the weights, for few bits.
         begin: When rounding begins; a float is a fraction of the run, an int a number of steps or
             epochs. Before it the run is what it would be without this callback. Channels must be
@@ -194,7 +194,7 @@ class QuantizationAwareTraining(CompressionCallback):
             self._training = self._with_plan(plan)
             self._training.resume(trainer, pl_module)
         else:
-            self._refuse_other_scales(state)
+            self._check_same_scales(state)
             draw_batches(trainer, 1)  # says so now if there are none
             self._training = self._with_plan(self._plan(trainer))
         check_resolved_order(trainer)
@@ -270,7 +270,7 @@ class QuantizationAwareTraining(CompressionCallback):
             )
 
     def release(self) -> None:
-        """Let go of the run; the network stays quantized."""
+        """Release the run; the network stays quantized."""
         super().release()
         self._frozen.release()
         self._calls = None
@@ -359,7 +359,7 @@ class QuantizationAwareTraining(CompressionCallback):
                         "disjoint networks by network=, or use layer_bits for layers of other bits."
                     )
 
-    def _refuse_other_scales(self, state: dict[str, Any] | None) -> None:
+    def _check_same_scales(self, state: dict[str, Any] | None) -> None:
         if state is not None and state["learned"]:
             raise MisconfigurationException(
                 f"the optimizer in the checkpoint trains scales that {type(self).__name__} learned "

@@ -154,7 +154,7 @@ def agree_on_ranges(
     Args:
         trainer: The Trainer.
         quantization: A network's quantizers, the same in each process.
-        also_learned: Whether learned scales start anew from these ranges.
+        also_learned: Whether learned scales start again from these ranges.
     """
     if trainer.world_size == 1:
         return

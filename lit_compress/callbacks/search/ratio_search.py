@@ -33,7 +33,7 @@ from lit_compress.callbacks.search.candidates import (
 from lit_compress.callbacks.search.report import SearchProgress, report_search
 from lit_compress.callbacks.search.scoring import ResidentScore, chosen_metric, scoring_batches
 from lit_compress.callbacks.search.searched import hand_over
-from lit_compress.callbacks.stage_order import refuse_quantized_network
+from lit_compress.callbacks.stage_order import check_not_quantized
 from lit_compress.compress.channels.goal import check_count
 from lit_compress.files import write_text
 from lit_compress.search.ddpg import DDPGSettings
@@ -75,7 +75,7 @@ class RatioSearch(CompressionCallback):
     Args:
         space: ``"channels"`` of each group of coupled layers, ``"sparsity"`` of each layer, or
             ``"bits"`` of each layer's weights.
-        target_macs_ratio: Multiply-adds kept ÷ dense, in (0, 1); for channels.
+        target_macs_ratio: MACs kept ÷ dense, in (0, 1); for channels.
         target_params_ratio: Parameters kept ÷ dense, in (0, 1); for channels.
         target_size_bytes: Bytes of the weights; for channels and bits.
         target_latency_ms: Milliseconds of one example, by a table of layers that is measured on
@@ -88,7 +88,7 @@ class RatioSearch(CompressionCallback):
         metric: Name of the metric; by default top-1 or accuracy.
         mode: Whether more of it is better; by default told by its name.
         num_episodes: Candidates that are tried, at least 1.
-        searcher: ``"ddpg"``, which begins with the rules of thumb; ``"random"``; ``"rules"``
+        searcher: ``"ddpg"``, which begins with the heuristics; ``"random"``; ``"rules"``
             (uniform, shallow, deep, and for sparsity one threshold of magnitude, alone); or
             ``"sensitivity"`` (ratios derived from what each layer alone does to the score).
         agent: What the DDPG agent learns with.
@@ -152,7 +152,7 @@ class RatioSearch(CompressionCallback):
         reward_function(reward, mode or "max")
         if space == "bits" and isinstance(reward, str) and reward != "score":
             raise ValueError(
-                f"reward is {reward!r}, and bits of weights change neither multiply-adds nor "
+                f"reward is {reward!r}, and bits of weights change neither MACs nor "
                 "parameters; give reward='score' with mean_weight_bits or target_size_bytes, or a "
                 "function."
             )
@@ -222,7 +222,7 @@ class RatioSearch(CompressionCallback):
     # --- The search -------------------------------------------------------------------------------
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SearchResult:
-        refuse_quantized_network(pl_module, self)  # type: ignore[arg-type]
+        check_not_quantized(pl_module, self)  # type: ignore[arg-type]
         network = find_uncompiled_network(pl_module)
         # Where training data are few, at least as many are left to score on.
         half = int(min(trainer.num_training_batches, 2**31)) // 2

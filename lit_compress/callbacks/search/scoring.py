@@ -269,7 +269,7 @@ def _training_data(
 
 
 def _mixed(found: Sequence[ValidationBatch], num_examples: int) -> list[ValidationBatch]:
-    """Examples of all batches shuffled and packed anew; empty where they are of another kind."""
+    """Examples of all batches shuffled and packed again; empty where they are of another kind."""
     if len({batch.loader for batch in found}) > 1:
         return []
     flat = [tree_flatten(batch.content) for batch in found]

@@ -20,12 +20,12 @@ __all__ = [
     "LayerBits",
     "TakesSearched",
     "WayToCut",
+    "check_no_layers",
     "check_search_before",
     "declared_bits",
     "found_bits",
     "found_sparsities",
     "hand_over",
-    "refuse_layers",
 ]
 
 SEARCHED = "searched"
@@ -143,7 +143,7 @@ class WayToCut(NamedTuple):
         return importance, reconstruct, number
 
 
-def refuse_layers(*given: object) -> None:
+def check_no_layers(*given: object) -> None:
     """Refuse a choice of layers beside ``final_sparsity="searched"``.
 
     Args:

@@ -20,7 +20,7 @@ _HEADER = 16 + 34 + len("archive/data/")
 
 
 class PlanCost:
-    """Multiply-adds, parameters or bytes of the model that a plan leaves, without cutting it.
+    """MACs, parameters or bytes of the model that a plan leaves, without cutting it.
 
     The cost of a tensor is in proportion to the sizes of its axes, and these are linear in the
     channels that groups keep; so a plan costs a few operations on small tensors, about a tenth of
@@ -71,9 +71,9 @@ class PlanCost:
     def macs(
         cls, groups: ChannelGroups, model: nn.Module, layer_macs: Mapping[str, int]
     ) -> PlanCost:
-        """Multiply-adds for one example.
+        """MACs for one example.
 
-        The multiply-adds of a layer are taken to be in proportion to the elements of its weights.
+        The MACs of a layer are taken to be in proportion to the elements of its weights.
         That is exact for convolutions and linear layers. Of attention, the products of queries,
         keys and values shrink with fewer channels less than the projections do; where these are
         cut, measure the slim model.
@@ -81,7 +81,7 @@ class PlanCost:
         Args:
             groups: The channels of the model.
             model: The dense model, for the shapes of its weights.
-            layer_macs: Multiply-adds of each layer itself in the dense model, by module name.
+            layer_macs: MACs of each layer itself in the dense model, by module name.
                 Weights of a module that has none count for the nearest module around it that has
                 (``out_proj`` for the attention that multiplies with it).
 
@@ -93,7 +93,7 @@ class PlanCost:
             if layer not in modules:
                 raise ValueError(
                     f"layer_macs names {layer!r}, which is no module of the model; give the "
-                    "multiply-adds of the model that the groups were found in."
+                    "MACs of the model that the groups were found in."
                 )
         shapes = {n: p.shape for n, p in model.named_parameters() if p.dim() >= 2}
         weights_of: dict[str, list[str]] = {layer: [] for layer, n in layer_macs.items() if n}

@@ -51,7 +51,7 @@ def cut_channels(model: nn.Module, groups: ChannelGroups, keep: Tensor) -> Chann
     if problem is not None:
         raise ValueError(
             f"the channel groups are of another model: {problem}. Find the groups of this model "
-            "anew."
+            "again."
         )
     tensors = _tensors(model)
     _cut_named(model, tensors, kept)
@@ -84,7 +84,7 @@ def begin_autograd_anew(parameters: Iterable[Tensor]) -> None:
 
     As long as the graph of any earlier step is alive (a module may keep its last loss), autograd
     goes on using a parameter's gradient accumulator, which knows the old shape, and the next
-    backward fails. Only data of another type makes it begin anew. ``DistributedDataParallel``
+    backward fails. Only data of another type makes it begin again. ``DistributedDataParallel``
     listens to the accumulators, so the model has to be wrapped again afterwards.
 
     Args:

@@ -42,7 +42,7 @@ class ChannelGoal:
             or by name patterns of groups. Beside a target, a list or mapping gives the proportions.
         plan: The numbers themselves, the path of a JSON file with them, or ``"searched"`` where a
             search is to find them; then a plan has to take its place before :meth:`resolve`.
-        target_macs_ratio: Multiply-adds kept ÷ dense, in (0, 1].
+        target_macs_ratio: MACs kept ÷ dense, in (0, 1].
         target_params_ratio: Parameters kept ÷ dense, in (0, 1].
         target_size_bytes: Bytes of the weights' file.
         target_latency_ms: Milliseconds of one forward pass of one example.
@@ -120,7 +120,7 @@ class ChannelGoal:
             model: The dense model.
             scores: How much each channel matters, shape ``[groups.num_channels]``; comparable
                 between groups where ``allocation`` is ``"global"``.
-            layer_macs: Multiply-adds of each layer of the dense model, by module name.
+            layer_macs: MACs of each layer of the dense model, by module name.
             latency_ms: Measures the model that a plan leaves; called only for a latency target.
             prefix: Dotted name of the model in a LightningModule, which patterns may begin with.
 

@@ -223,7 +223,7 @@ class ChannelGroups:
         return kept
 
     def after(self, keep: Tensor) -> ChannelGroups:
-        """The groups of the model that a choice leaves, the channels numbered anew.
+        """The groups of the model that a choice leaves, the channels numbered again.
 
         Args:
             keep: bool, shape ``[num_channels]``; true where the channel stays.
@@ -289,7 +289,7 @@ class ChannelGroups:
         if not self.left_alone:
             return text
         lines = "\n".join(f"  {layer.layer}: {layer.reason}" for layer in self.left_alone)
-        return f"{text}; left alone:\n{lines}"
+        return f"{text}; skipped:\n{lines}"
 
     def _check_shape(self, keep: Tensor) -> None:
         if keep.dtype != torch.bool or keep.shape != (self.num_channels,):

@@ -78,7 +78,7 @@ class Reconstruction:
             for layer in self.layers
         ]
         if self.left_alone:
-            lines.append("left alone:")
+            lines.append("skipped:")
             lines += [f"  {layer.layer}: {layer.reason}" for layer in self.left_alone]
         return "\n".join(lines)
 
@@ -100,7 +100,7 @@ def reconstruct(
     """Give the layers of a cut model that lost inputs new weights and biases, in place.
 
     Parameters keep their identity, and only ``slim`` changes. A layer without a bias gets none.
-    Batch norm statistics stay: if not ``sequential``, it pays to compute them anew afterwards, see
+    Batch norm statistics stay: if not ``sequential``, it pays to compute them again afterwards, see
     :func:`~lit_compress.compress.batch_norm.recalibrate_batch_norm`; if ``sequential``, the weights
     were made for the dense model's statistics, and new ones fit no better.
 

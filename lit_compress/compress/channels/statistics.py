@@ -58,13 +58,13 @@ def channel_parameters(
         if parameter is None:
             raise ValueError(
                 f"the groups hold {axis.tensor!r}, which {type(model).__name__} does not have; "
-                "find the groups of this model anew."
+                "find the groups of this model again."
             )
         if axis.dim >= parameter.dim() or parameter.shape[axis.dim] != axis.channels.numel():
             raise ValueError(
                 f"{axis.tensor!r} has shape {tuple(parameter.shape)}, but the groups expect "
                 f"{axis.channels.numel()} indices along dimension {axis.dim}; find the groups of "
-                "this model anew."
+                "this model again."
             )
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(

@@ -4,7 +4,7 @@ Below autograd, every operator that runs is looked at once, in evaluation and in
 the indices that have to stand or fall together are tied. So it does not matter how a model is
 written: weights used without their module, frozen weights, heads, slices and concatenations along
 any dimension are followed, and what reaches an operator without a rule, a tensor of fixed size or
-the model's output is left alone, with the reason.
+the model's output is skipped, with the reason.
 
 The idea of dependency groups is that of DepGraph (Fang et al. 2023, "Towards Any Structural
 Pruning", section 3); following single indices of every dimension instead of modules and their
@@ -45,7 +45,7 @@ def find_channel_groups(
 
     The model runs twice, in evaluation and in training mode, without gradients; its modes, buffers
     and the random state are restored. Then it is cut for a run in every group and must give outputs
-    of the same shapes; groups without some of whose channels it does not are left alone.
+    of the same shapes; groups without some of whose channels it does not are skipped.
 
     Args:
         model: Any module that runs.

@@ -130,7 +130,7 @@ def without_groups(groups: ChannelGroups, reasons: Mapping[str, str]) -> Channel
 
     Args:
         groups: The groups.
-        reasons: Why, by the name of each group that is to be left alone.
+        reasons: Why, by the name of each group that is to be skipped.
     """
     stays = [group for group in groups.groups if group.name not in reasons]
     renumbered = torch.full((groups.num_channels + 1,), -1)  # the last one is for -1 itself

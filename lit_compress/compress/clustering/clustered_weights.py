@@ -206,7 +206,7 @@ class ClusteredWeights:
         """Make members equal in a copy of the parameters, such as an average of them.
 
         Args:
-            parameters: Tensors by name, on any device; those without clusters are left alone.
+            parameters: Tensors by name, on any device; those without clusters are skipped.
         """
         for name, clusters in self.clusters.items():
             if name in parameters:

@@ -41,7 +41,7 @@ def kmeans(
         values: Floating point, any shape and device, at least one element.
         num_clusters: The most clusters there may be, in [2, 256].
         init: How Lloyd's algorithm begins (Han et al. 2016, "Deep Compression", section 3.2):
-            ``"linear"``: evenly spaced from the least value to the greatest; ``"density"``: evenly
+            ``"linear"``: evenly spaced from the least value to the largest; ``"density"``: evenly
             spaced by rank; ``"kmeans++"``: drawn one after the other, with a probability
             proportional to the squared distance from those drawn before (Arthur & Vassilvitskii
             2007).

@@ -135,7 +135,7 @@ def _integers_of(weight: Tensor, quantizer: WeightQuantizer) -> Integers | None:
 
 
 def _with_fixed_scales(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with scales that are not found anew from weights that are rounded."""
+    """The same, with scales that are not found again from weights that are rounded."""
     scheme = record.get("scheme")
     if not isinstance(scheme, Mapping) or scheme["weight_ranges"] != "minmax":
         return dict(record)

@@ -126,10 +126,10 @@ class Integers:
             raise ValueError(f"integers are {self.values.dtype}, expected torch.int8.")
         if self.values.numel() == 0:
             return
-        least, greatest, half = int(self.values.min()), int(self.values.max()), self.half
-        if least < -half or greatest >= half:
+        least, largest, half = int(self.values.min()), int(self.values.max()), self.half
+        if least < -half or largest >= half:
             raise ValueError(
-                f"the integers reach from {least} to {greatest}, expected {-half} to {half - 1} "
+                f"the integers reach from {least} to {largest}, expected {-half} to {half - 1} "
                 f"for {self.bits} bits."
             )
 

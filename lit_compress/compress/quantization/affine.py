@@ -50,7 +50,7 @@ class Grid:
 
     @property
     def high(self) -> int:
-        """The greatest integer."""
+        """The largest integer."""
         return (1 << (self.bits - 1 if self.signed else self.bits)) - 1
 
 

@@ -129,7 +129,7 @@ class Quantization(nn.Module):
         Args:
             change: Takes the ends of the ranges, lower ones first, shape ``[2, num_ranges]``, NaN
                 where nothing was observed, and gives what they are to be, of the same shape.
-            also_learned: Whether learned scales start anew from their ranges.
+            also_learned: Whether learned scales start again from their ranges.
         """
         grid = self.scheme.activation_grid
         observed = [q for q in self.activations.values() if isinstance(q, ActivationQuantizer)]

@@ -199,9 +199,9 @@ class _Histogram:
     @property
     def ends(self) -> tuple[float, float]:
         """The widest range worth trying; zero is always in it, and float32 can hold it."""
-        greatest = torch.finfo(torch.float32).max
+        largest = torch.finfo(torch.float32).max
         first, last = float(self.edges[0]), float(self.edges[-1])
-        return max(min(first, 0.0), -greatest), min(max(last, 0.0), greatest)
+        return max(min(first, 0.0), -largest), min(max(last, 0.0), largest)
 
     def without_spike_at_zero(self) -> _Histogram:
         """The same with no more values in the bin above zero than in the next one."""

@@ -76,7 +76,7 @@ class PostTrainingScheme:
 
     Attributes:
         method: ``"static"``: weights on a grid for each output channel, activations on grids that
-            calibration finds. ``"dynamic"``: the grids of activations are found anew for each
+            calibration finds. ``"dynamic"``: the grids of activations are found again for each
             batch. ``"weight_only"``: activations stay in floating point. ``"float16"``,
             ``"bfloat16"``: all in half precision, but the norms' statistics. ``"fixed_point"``: see
             :class:`~lit_compress.compress.quantization.formats.fixed_point_record.FixedPoint`.

@@ -91,7 +91,7 @@ class ActivationQuantizer(Quantizer):
     """One scale for a whole activation.
 
     While it observes, in training mode, its range is a moving average of the batches' least and
-    greatest values (Jacob et al. 2018, section 3.1): ``range += momentum * (batch - range)``, from
+    largest values (Jacob et al. 2018, section 3.1): ``range += momentum * (batch - range)``, from
     the first batch on. Batches with NaN or infinity, as mixed precision has at times, are left out.
     A learned scale is not moved by it; it starts where calibration put it.
 
@@ -214,7 +214,7 @@ class WeightQuantizer(Quantizer):
         grid: The integers, signed.
         num_channels: Size of the weight along ``axis``; ``None`` for one scale.
         axis: The dimension of output channels.
-        ranges: ``"minmax"``: scales follow the greatest magnitude of each channel. ``"mse"``:
+        ranges: ``"minmax"``: scales follow the largest magnitude of each channel. ``"mse"``:
             they stay where calibration put them. ``"learned"``: they are trained.
         pair_axis: The dimension of output channels of a weight of which no two products are to
             saturate, see :func:`~lit_compress.compress.quantization.saturation.safe_scale`;
@@ -266,13 +266,13 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def follow(self, weight: Tensor) -> None:
-        """Fit the scales to the greatest magnitude of each channel."""
+        """Fit the scales to the largest magnitude of each channel."""
         magnitude = weight.detach().abs().float()
         if self.axis is None:
-            greatest = magnitude.amax()
+            largest = magnitude.amax()
         else:
-            greatest = magnitude.transpose(0, self.axis).flatten(1).amax(1)
-        scale, _ = affine_parameters(-greatest, greatest, self.grid, checked=False)
+            largest = magnitude.transpose(0, self.axis).flatten(1).amax(1)
+        scale, _ = affine_parameters(-largest, largest, self.grid, checked=False)
         self.scale.copy_(self.safe(scale, weight))
 
     def extra_repr(self) -> str:

@@ -119,11 +119,11 @@ class RangeObserver(nn.Module, ABC):
 
 
 class MinMaxRange(RangeObserver):
-    """From the least to the greatest value ever seen.
+    """From the least to the largest value ever seen.
 
     Attributes:
         low: The least; float32 scalar.
-        high: The greatest.
+        high: The largest.
     """
 
     low: Tensor
@@ -152,7 +152,7 @@ class MovingAverageRange(RangeObserver):
 
     Attributes:
         low: Average of the least values; float32 scalar.
-        high: Average of the greatest.
+        high: Average of the largest.
 
     Raises:
         ValueError: If ``momentum`` is no number in (0, 1].
@@ -191,23 +191,23 @@ class HistogramRange(RangeObserver):
 
     Bins are as wide as a power of two, and zero is an edge, so that a histogram that must reach
     farther merges bins two by two: what was counted stays counted, and the result does not depend
-    on how values came in batches or in which order (1e-30 of the greatest value is as good as
+    on how values came in batches or in which order (1e-30 of the largest value is as good as
     zero). Of the 2048 bins more than half lie between
-    zero, the least and the greatest value.
+    zero, the least and the largest value.
 
     Args:
         grid: The integers that the values are rounded to.
         objective: ``"entropy"``, ``"mse"`` or ``"percentile"``; what is best, see
             :mod:`~lit_compress.compress.quantization.histogram`.
         percentile: For ``"percentile"``: above 50, up to 100, where it is the least and the
-            greatest value.
+            largest value.
 
     Attributes:
         counts: Values in each bin; int64, shape ``[2048]``.
         first: Index of the first bin: bin ``i`` begins at ``(first + i) * 2 ** exponent``.
         exponent: Of two, the width of a bin.
         low: The least value; float32 scalar.
-        high: The greatest.
+        high: The largest.
 
     Raises:
         ValueError: If an argument is of another kind or out of range.
@@ -279,14 +279,14 @@ class HistogramRange(RangeObserver):
         width, first = 2.0 ** int(self.exponent), int(self.first)
         ends = (first * width, (first + NUM_BINS) * width)
         # The outermost bins reach beyond the outermost values.
-        least, greatest = float(self.low), float(self.high)
+        least, largest = float(self.low), float(self.high)
         if self.objective == "percentile":
             low, high = percentile_range(self.counts, *ends, self.percentile)
         else:
             best_range = mse_range if self.objective == "mse" else entropy_range
             low, high = best_range(self.counts, *ends, self.grid)
-            least, greatest = min(least, 0.0), max(greatest, 0.0)
-        low, high = (min(max(end, least), greatest) for end in (low, high))
+            least, largest = min(least, 0.0), max(largest, 0.0)
+        low, high = (min(max(end, least), largest) for end in (low, high))
         return self.low.new_tensor(low), self.low.new_tensor(high)
 
     def extra_repr(self) -> str:

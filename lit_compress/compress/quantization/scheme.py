@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
-from lit_compress.compress.layers import first_match, match_layers, refuse_bare_string
+from lit_compress.compress.layers import check_is_list, first_match, match_layers
 from lit_compress.compress.quantization.affine import Grid
 from lit_compress.compress.quantization.saturation import may_saturate
 
@@ -16,14 +16,14 @@ __all__ = ["ActivationRanges", "QuantizationScheme", "WeightRanges"]
 WeightRanges: TypeAlias = Literal["minmax", "mse", "learned"]
 """How the range of a weight's channel is found.
 
-``"minmax"`` follows the greatest magnitude; ``"mse"`` is what least squares says once, at
+``"minmax"`` follows the largest magnitude; ``"mse"`` is what least squares says once, at
 calibration; ``"learned"`` starts from that and is trained (LSQ).
 """
 ActivationRanges: TypeAlias = Literal["observed", "learned", "dynamic"]
 """How the range of an activation is found.
 
 ``"observed"``: by calibration, and by a moving average during training. ``"learned"``: trained from
-there on (LSQ). ``"dynamic"``: of each batch anew, for the inputs of layers only.
+there on (LSQ). ``"dynamic"``: of each batch again, for the inputs of layers only.
 """
 
 
@@ -81,7 +81,7 @@ class QuantizationScheme:
         _check_choice("activation_ranges", self.activation_ranges, ActivationRanges)
         for name in ("ignored_layers", "per_tensor_weights"):
             value = getattr(self, name)
-            refuse_bare_string(name, value)
+            check_is_list(name, value)
             if not isinstance(value, Iterable) or not all(isinstance(v, str) for v in (*value,)):
                 raise ValueError(
                     f"{name} is {value!r}; give a list of names, as in ['features.0']."

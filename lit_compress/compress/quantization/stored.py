@@ -73,7 +73,7 @@ def take_quantization(
             _back_to_float(module.get_submodule(name))
     for name, record in wanted.items():
         if present.get(name) == record and is_conversion(record):
-            continue  # quantizers are made anew: weights may have other sizes by now
+            continue  # quantizers are made again: weights may have other sizes by now
         try:
             network = module.get_submodule(name)
         except AttributeError as error:

@@ -12,7 +12,7 @@ from lit_compress.compress.quantization.histogram import check_finite, check_gri
 
 __all__ = ["mse_weight_scale"]
 
-_WEIGHT_PARTS = (  # of the greatest value: closely down to its half, which is all that 8 bits want
+_WEIGHT_PARTS = (  # of the largest value: closely down to its half, which is all that 8 bits want
     *(1 - step / 128 for step in range(64)),
     *(0.5 * 2.0 ** (-step / 8) for step in range(25)),
 )
@@ -24,10 +24,10 @@ _VALUES_AT_ONCE = 2**17
 def mse_weight_scale(weight: Tensor, grid: Grid, axis: int | None = 0) -> Tensor:
     """The scale of each channel at which rounding its weights costs the least squared error.
 
-    Scales from that of the greatest absolute value down to 1/16 of it are tried. For the integers
+    Scales from that of the largest absolute value down to 1/16 of it are tried. For the integers
     that the best one gives, the best scale is their least-squares factor, ``<w, q> / <q, q>``;
-    rounding anew and fitting anew, the error falls until it stays. At 8 bits little is won over
-    the greatest value; below 5 bits much.
+    rounding again and fitting again, the error falls until it stays. At 8 bits little is won over
+    the largest value; below 5 bits much.
 
     Args:
         weight: Any shape and floating dtype.
@@ -57,8 +57,8 @@ def mse_weight_scale(weight: Tensor, grid: Grid, axis: int | None = 0) -> Tensor
     rows = rows.reshape(len(rows), -1)
     if rows.numel() == 0:
         return rows.new_ones(len(rows))
-    least, greatest = rows.aminmax()
-    check_finite(float(least), float(greatest))
+    least, largest = rows.aminmax()
+    check_finite(float(least), float(largest))
     # A few channels at a time, so that what is tried again and again stays in the cache.
     at_once = max(_VALUES_AT_ONCE // rows.shape[1], 1)
     return torch.cat([_best_scale(some, grid) for some in torch.split(rows, at_once)])

@@ -81,7 +81,7 @@ class SparseCopies:
             forward: Runs a network on one batch.
             num_points: Output positions looked at in each image and layer, at least 1.
             num_batch_norm_batches: The first batches of these are kept, and the batch norm
-                statistics of each copy are computed anew on them; with 0 they stay those of the
+                statistics of each copy are computed again on them; with 0 they stay those of the
                 dense network. Least squares shrinks outputs, layer after layer, so that with few
                 weights left new statistics decide whether a copy works at all.
             seed: For the positions.

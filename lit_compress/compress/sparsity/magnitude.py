@@ -184,7 +184,7 @@ def magnitude_masks(
     num_zeros: Mapping[str, int] | int,
     pattern: SparsityPattern | None = None,
 ) -> dict[str, Tensor]:
-    """Masks that remove the units of least magnitude, exactly as many as asked.
+    """Masks that remove the units of smallest magnitude, exactly as many as asked.
 
     Args:
         weights: The weights to choose among, any shapes that fit the pattern.

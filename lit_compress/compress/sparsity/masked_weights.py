@@ -142,7 +142,7 @@ class MaskedWeights:
         """Mask a copy of the parameters, such as an average of them, wherever it lies.
 
         Args:
-            parameters: Tensors by name; those without a mask are left alone.
+            parameters: Tensors by name; those without a mask are skipped.
         """
         for name, mask in self.masks.items():
             if name in parameters:

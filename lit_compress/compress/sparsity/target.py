@@ -20,14 +20,14 @@ FinalSparsity: TypeAlias = float | dict[str, float] | Literal["searched"]
 
 @dataclass(frozen=True)
 class SparsityTarget:
-    """The sparsity at the begin and at the end of a schedule, and how layers share it.
+    """The sparsity at the start and at the end of a schedule, and how layers share it.
 
     Attributes:
         final: Zeros / weights at the end, in [0, 1); or a mapping from name patterns of layers to
             the sparsity of each, of which the first that matches a layer counts; or ``"searched"``
             where a search is to find them: then a mapping has to take its place before
             :meth:`scheduled`.
-        initial: Zeros / weights at the begin, in [0, final].
+        initial: Zeros / weights at the start, in [0, final].
         allocation: How a single ``final`` is shared among layers; see
             :func:`~lit_compress.compress.sparsity.magnitude.allocate_zeros`.
         pattern: What is removed together.

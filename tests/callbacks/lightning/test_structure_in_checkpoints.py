@@ -14,7 +14,7 @@ from tests.slim_nets import ChainModule, cut, widths
 
 
 class CutEachEpoch(pl.Callback):
-    """Cuts by hand at the begin of epochs; the optimizer begins anew."""
+    """Cuts by hand at the start of epochs; the optimizer begins again."""
 
     def __init__(self, plan: dict[int, tuple[int, int]]) -> None:
         self.plan = plan

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is trained, with a way to mend it."""
+"""What cannot work is refused before anything is trained, with a way to fix it."""
 
 from types import SimpleNamespace
 

@@ -27,7 +27,7 @@ RUNS = {
         pruning(None, target_macs_ratio=0.5, allocation="global", spread="layers", schedule=ROUNDS)
     ],
     "penalty": lambda: [pruning(schedule=ROUNDS, penalty=ChannelPenalty(0.1, begin=0.05))],
-    "mended": lambda: [pruning(schedule=ROUNDS, reconstruct=True, recalibrate_batch_norm=True)],
+    "fixed": lambda: [pruning(schedule=ROUNDS, reconstruct=True, recalibrate_batch_norm=True)],
     "epochs": lambda: [pruning(schedule=Schedule(begin=1, end=3, update_every=1, unit="epoch"))],
     "sparse": lambda: [
         MagnitudeSparsity(0.5, schedule=Schedule(begin=1, end=18, update_every=2)),

@@ -304,7 +304,7 @@ def test_a_compiled_module_is_really_compiled_after_the_cut():
 
 
 def test_as_many_cuts_as_wanted_are_compiled():
-    """More than torch compiles one function anew before it gives up on it."""
+    """More than torch compiles one function again before it gives up on it."""
     compiled = []
 
     def backend(graph, inputs):

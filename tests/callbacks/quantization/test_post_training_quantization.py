@@ -400,7 +400,11 @@ def test_activations_that_are_nan():
 
 
 def test_patterns_that_match_nothing():
-    refused("ignored_layers has 'head'", quantization(ignored_layers=["head"]), error=ValueError)
+    refused(
+        "ignored_layers holds the pattern 'head'",
+        quantization(ignored_layers=["head"]),
+        error=ValueError,
+    )
     refused("no module of Scored", quantization(network="net"), error=ValueError)
 
 

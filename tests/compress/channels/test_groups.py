@@ -42,7 +42,7 @@ def test_names_and_places():
     assert [axis.tensor for axis in GROUPS.axes_of("a")] == ["a.weight", "b.weight"]
     with pytest.raises(KeyError, match=r"no group 'c'; there are \['a', 'b'\]"):
         GROUPS["c"]
-    assert str(GROUPS) == "2 groups, 7 channels; left alone:\n  c: reaches the model's output"
+    assert str(GROUPS) == "2 groups, 7 channels; skipped:\n  c: reaches the model's output"
 
 
 def test_what_a_choice_leaves():
@@ -196,7 +196,7 @@ def test_the_groups_after_a_cut_are_those_of_the_slim_model():
     model = net()
     groups = found(model)
     after = cut_channels(model, groups, random_keep(groups))
-    anew = found(model)
-    assert after.groups == anew.groups
+    again = found(model)
+    assert after.groups == again.groups
     ours = {(a.tensor, a.dim): a.channels.tolist() for a in after.axes}
-    assert ours == {(a.tensor, a.dim): a.channels.tolist() for a in anew.axes}
+    assert ours == {(a.tensor, a.dim): a.channels.tolist() for a in again.axes}

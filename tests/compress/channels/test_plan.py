@@ -64,7 +64,7 @@ def cut(model, groups, keep):
 
 
 def macs_of(model, pixels=64):
-    """Multiply-adds of each layer of a chain on 8 x 8 images, by its weight's present shape."""
+    """MACs of each layer of a chain on 8 x 8 images, by its weight's present shape."""
     return {
         name: module.weight.numel() * (pixels if isinstance(module, nn.Conv2d) else 1)
         for name, module in model.named_modules()

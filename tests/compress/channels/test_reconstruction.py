@@ -381,7 +381,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 
 class Odd(nn.Module):
-    """Readers of the first layer: one twice called, the others each a reason to be left alone."""
+    """Readers of the first layer: one twice called, the others each a reason to be skipped."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks written in many ways: what is found can be cut, and what cannot be is left alone."""
+"""Networks written in many ways: what is found can be cut, and what cannot be is skipped."""
 
 import copy
 

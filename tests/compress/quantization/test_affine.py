@@ -102,10 +102,10 @@ def test_an_empty_range_has_scale_one(grid, end):
 
 @pytest.mark.parametrize("grid", [Grid(8, signed=True), Grid(8, signed=False)])
 def test_the_widest_range_of_float32_has_a_finite_scale(grid):
-    greatest = torch.finfo(torch.float32).max
-    scale, zero_point = parameters(-greatest, greatest, grid)
+    largest = torch.finfo(torch.float32).max
+    scale, zero_point = parameters(-largest, largest, grid)
     assert math.isfinite(float(scale))
-    x = torch.tensor([-greatest, 0.0, greatest]) / 2
+    x = torch.tensor([-largest, 0.0, largest]) / 2
     torch.testing.assert_close(fake_quantize(x, scale, zero_point, grid), x, rtol=0.01, atol=0)
 
 

@@ -600,7 +600,7 @@ def test_dropout_does_not_widen_the_ranges_that_inference_has():
     before = net.quantization.activation("2:relu:0").high.clone()
     net.train()[1].eval()
     call(net, inputs)
-    # Dropout with p = 0.3 makes its greatest values 1.43 times as great.
+    # Dropout with p = 0.3 makes its largest values 1.43 times as great.
     assert torch.allclose(net.quantization.activation("2:relu:0").high, before, rtol=0.01)
 
 

@@ -157,11 +157,11 @@ def test_ranges_are_found_as_declared():
         quantize_after_training(net, PostTrainingScheme(**arguments), batches())
         return float(quantized_network(net).activation("input:0").high)
 
-    greatest = float(torch.stack(batches()).max())
+    largest = float(torch.stack(batches()).max())
     found = {kind: high(ranges=kind) for kind in ("minmax", "moving_average", "mse", "histogram")}
-    assert found["minmax"] == pytest.approx(greatest)
-    assert all(value < greatest for kind, value in found.items() if kind != "minmax")
-    assert high(ranges="percentile", percentile=90.0) < high(ranges="percentile") <= greatest
+    assert found["minmax"] == pytest.approx(largest)
+    assert all(value < largest for kind, value in found.items() if kind != "minmax")
+    assert high(ranges="percentile", percentile=90.0) < high(ranges="percentile") <= largest
 
 
 def skewed() -> Net:

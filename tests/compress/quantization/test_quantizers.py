@@ -155,8 +155,8 @@ def test_weights_use_the_whole_grid_of_each_channel(seed, bits, whole):
     rounded = quantizer(weight)
     steps = rounded / quantizer.scale.reshape(-1, *[1] * (0 if whole else 3))
     assert torch.allclose(steps, steps.round(), atol=1e-3)
-    greatest = steps.abs().flatten(0 if whole else 1).amax(-1)
-    assert torch.allclose(greatest, torch.full_like(greatest, 2 ** (bits - 1) - 1))
+    largest = steps.abs().flatten(0 if whole else 1).amax(-1)
+    assert torch.allclose(largest, torch.full_like(largest, 2 ** (bits - 1) - 1))
     assert torch.equal(quantizer(-weight), -rounded)
 
 

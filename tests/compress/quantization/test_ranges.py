@@ -195,7 +195,7 @@ def test_momentum_out_of_range_is_refused(momentum):
         MovingAverageRange(momentum)
 
 
-# --- least and greatest values, and their averages
+# --- least and largest values, and their averages
 
 
 @quick

@@ -61,7 +61,7 @@ class BiasCorrection:
         width = max([len("layer"), *(len(layer.layer) for layer in self.layers)])
         lines = [f"{'layer':<{width}}    shift  into"]
         lines += [f"{c.layer:<{width}}  {c.shift:7.4f}  {c.parameter}" for c in self.layers]
-        lines += [f"{name} left alone: {why}" for name, why in self.left_alone.items()]
+        lines += [f"{name} skipped: {why}" for name, why in self.left_alone.items()]
         return "\n".join(lines)
 
 

@@ -112,7 +112,7 @@ class _Flow:
         self._norm_uses = Counter(c.module for c in trace.calls.values() if c.op == "batch_norm")
         self._passing: set[str] = set()
         self._dims: dict[str, int] = {}
-        self._read: dict[str, tuple[Tensor, int]] = {}  # by layer: greatest magnitudes, groups
+        self._read: dict[str, tuple[Tensor, int]] = {}  # by layer: largest magnitudes, groups
 
     def see(
         self,
@@ -139,7 +139,7 @@ class _Flow:
         """The layer that reads what this one writes."""
         self._check_own(first, "it")
         if first.op.startswith("conv_transpose"):
-            raise _NoPair("transposed convolutions are left alone")
+            raise _NoPair("transposed convolutions are skipped")
         name, norm = self._follower(first.name), None
         tokens = first.op == "linear" and self._dims[first.name] > 2
         if self._trace.calls[name].op == "batch_norm" and not tokens:
@@ -153,7 +153,7 @@ class _Flow:
 
     def _made(self, first: Call, norm: str | None, second: Call, tokens: bool) -> ChannelPair:
         if second.op.startswith("conv_transpose") or (tokens and second.op != "linear"):
-            raise _NoPair(f"{_layer(second)} is a {second.op}, which is left alone behind it")
+            raise _NoPair(f"{_layer(second)} is a {second.op}, which is skipped behind it")
         assert first.weight is not None
         assert second.weight is not None
         activation, groups = self._read[second.name]

@@ -27,11 +27,11 @@ __all__ = ["Balance", "EqualizationResult", "EqualizedPair", "equalize"]
 Balance: TypeAlias = Literal["activations", "weights"]
 """What of a channel is brought into balance with the weights that read it.
 
-``"weights"``: the weights that write it, as in the paper. ``"activations"``: the greatest value
+``"weights"``: the weights that write it, as in the paper. ``"activations"``: the largest value
 that it takes, which is what a scale for the whole activation is about.
 """
 
-_LEAST_RANGE = 2.0**-7  # of the greatest one: below it a channel is next to dead
+_LEAST_RANGE = 2.0**-7  # of the largest one: below it a channel is next to dead
 _TOLERANCE = 1e-3
 
 
@@ -44,7 +44,7 @@ class EqualizedPair:
         second: Name of the layer that reads them.
         weight_spread: Greatest over median range of the weights of ``second`` by input channel,
             before and after.
-        activation_spread: Greatest over median of the channels' greatest magnitudes where
+        activation_spread: Greatest over median of the channels' largest magnitudes where
             ``second`` reads them, before and after.
     """
 
@@ -76,7 +76,7 @@ class EqualizationResult:
             f"{name:<{width}}  {_change(pair.weight_spread)}  {_change(pair.activation_spread)}"
             for name, pair in zip(names, self.pairs, strict=True)
         ]
-        lines += [f"{name} left alone: {why}" for name, why in self.left_alone.items()]
+        lines += [f"{name} skipped: {why}" for name, why in self.left_alone.items()]
         return "\n".join(lines)
 
 
@@ -96,11 +96,11 @@ def equalize(
     the same up to the rounding of float32, in training mode too. Running statistics stay. Zeros
     stay zero; clusters of equal weights do not stay equal.
 
-    With ``a`` the channel's range by ``balance`` and ``w`` the greatest magnitude of the weights
+    With ``a`` the channel's range by ``balance`` and ``w`` the largest magnitude of the weights
     that read it, the factor is ``sqrt(a / w)``, which makes both alike (equation 11 of the paper).
     With ``balance="activations"`` a depthwise reader gets ``a``: each of its channels has a weight
     scale of its own, so nothing holds the activation back from an even spread. Channels with a
-    range below 1/128 of the greatest stay as they are, so that what is next to dead is not blown
+    range below 1/128 of the largest stay as they are, so that what is next to dead is not blown
     up.
 
     Layers stay as they were (and are listed, with the reason) where values are clipped or bent in
@@ -161,7 +161,7 @@ class _Pair:
         self._alive = _alive(written) & _alive(read)
 
     def balance(self) -> float:
-        """Share new factors; the greatest natural logarithm among them."""
+        """Share new factors; the largest natural logarithm among them."""
         if not bool(self._alive.any()):
             return 0.0
         written, read = self._ranges()
@@ -235,8 +235,8 @@ def _alive(ranges: Tensor) -> Tensor:
 def _spread(ranges: Tensor) -> float:
     """Greatest over median, 1 where both are zero."""
     median = float(ranges.median())
-    greatest = float(ranges.max())
-    return greatest / median if median > 0 else (float("inf") if greatest > 0 else 1.0)
+    largest = float(ranges.max())
+    return largest / median if median > 0 else (float("inf") if largest > 0 else 1.0)
 
 
 def _change(values: tuple[float, float]) -> str:

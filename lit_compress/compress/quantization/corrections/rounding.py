@@ -80,7 +80,7 @@ class AdaptiveRounding:
             f"{100 * layer.flipped:7.2f} %"
             for layer in self.layers
         ]
-        lines += [f"{name} left alone: {why}" for name, why in self.left_alone.items()]
+        lines += [f"{name} skipped: {why}" for name, why in self.left_alone.items()]
         return "\n".join(lines)
 
 
@@ -102,7 +102,7 @@ def round_adaptively(
     before it done, and what it has to reproduce is what it gives in floating point, both behind
     batch norm and ReLU where these follow (equation 25 of the paper). Weights become the real
     numbers that their integers stand for, so that the nearest rounding finds these integers from
-    now on; scales stay (where they follow the greatest magnitude, that weight is kept as it is).
+    now on; scales stay (where they follow the largest magnitude, that weight is kept as it is).
     Zeros stay zero. A layer for which the learned rounding is no better on the samples keeps the
     nearest one.
 

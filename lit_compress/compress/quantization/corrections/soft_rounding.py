@@ -72,8 +72,8 @@ class SoftRounding:
         weight: float32, channels in dimension 0.
         scale: ``[channels]`` or ``[]``.
         grid: A signed grid.
-        keep_greatest: Whether the greatest magnitude that shares a scale stays as it is, for scales
-            that follow it; with ``pairs`` the neighbours with the greatest sum, too.
+        keep_greatest: Whether the largest magnitude that shares a scale stays as it is, for scales
+            that follow it; with ``pairs`` the neighbours with the largest sum, too.
         pairs: Whether no two neighbours are to saturate, see
             :mod:`~lit_compress.compress.quantization.saturation`; the scale has to allow it.
     """
@@ -118,7 +118,7 @@ class SoftRounding:
         """Weights on the grid."""
         steps = self._below + (self.up(variable) >= 0.5).float()
         steps = torch.where(self._fixed, self._nearest, steps)
-        if self._pairs:  # a sum of MAX_PAIR_SUM would move a scale that follows the greatest one
+        if self._pairs:  # a sum of MAX_PAIR_SUM would move a scale that follows the largest one
             over = in_large_pairs(steps, steps.new_tensor(MAX_PAIR_SUM - 1))
             steps = torch.where(over, self._nearest, steps)
         return self._weights(steps)

@@ -1,15 +1,15 @@
 """Fixed-point and related number formats: round float32 to the values of a few bits.
 
-Four kinds of numbers, ``x`` a value and ``v`` the greatest magnitude that must fit:
+Four kinds of numbers, ``x`` a value and ``v`` the largest magnitude that must fit:
 
 - ``"linear"``: ``k * 2^-f`` with ``f = bits - 1 - ceil(log2 v)``: true fixed point, shifts only.
-- ``"minmax"``: ``2^bits`` even steps from the least to the greatest value.
-- ``"log"``: a sign, and even steps of ``log |x|`` from the least to the greatest magnitude, but
+- ``"minmax"``: ``2^bits`` even steps from the least to the largest value.
+- ``"log"``: a sign, and even steps of ``log |x|`` from the least to the largest magnitude, but
   none wider than a factor of 2: what lies below all of them becomes zero.
 - ``"tanh"``: even steps of ``tanh(2x / v)``: fine near zero, coarse far out.
 
 Zero becomes exactly zero in all of them, so that sparse weights stay sparse and padding stays
-padding. The usual forms of the last three lack that: the range from the least to the greatest value
+padding. The usual forms of the last three lack that: the range from the least to the largest value
 need not meet zero, the log of zero needs a floor that stretches the range, and an even number of
 steps of tanh straddles it. Usual, too, is tanh of the value as it is: it saturates in float32
 beyond 9 and comes back infinite, hence the division by ``v``.
@@ -49,7 +49,7 @@ class FixedPointGrid:
         method: How the numbers lie, see the module's head.
         bits: Bits of a number, the sign included, 2 to 32.
         low: The lower end of the range: ``-high`` for ``"linear"`` and ``"tanh"``, at most 0 for
-            ``"minmax"``, the least magnitude other than zero for ``"log"``.
+            ``"minmax"``, the smallest magnitude other than zero for ``"log"``.
         high: The upper end, ``v``; where it and ``low`` are 0, every value becomes zero.
 
     Raises:
@@ -138,7 +138,7 @@ def fixed_point_grid(
         bits: Bits of a number, 2 to 32.
         method: How the numbers lie, see the module's head.
         overflow_rate: The share of values, in [0, 1), that may lie beyond the range, so that the
-            others get finer steps: ``"linear"`` and ``"tanh"`` leave out the greatest magnitudes,
+            others get finer steps: ``"linear"`` and ``"tanh"`` leave out the largest magnitudes,
             ``"minmax"`` half of it at each end, ``"log"`` all of it at each end (small magnitudes
             then become zero or the least that is left, whichever is nearer).
 

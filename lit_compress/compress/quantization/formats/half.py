@@ -203,13 +203,13 @@ def _flushed_to_zero(name: str, tensor: Tensor, dtype: torch.dtype) -> int:
     lost = half.isinf() & tensor.isfinite()
     if bool(lost.any()):
         value = float(tensor[lost].flatten()[0])
-        mend = (
+        fix = (
             "Give dtype=torch.bfloat16, which has the range of float32, or scale the layer down."
             if dtype == torch.float16
             else "Scale the layer down."
         )
         raise ValueError(
             f"{name!r} holds {value:g}, beyond the range of {str(dtype).removeprefix('torch.')} "
-            f"(up to {torch.finfo(dtype).max:g}). {mend}"
+            f"(up to {torch.finfo(dtype).max:g}). {fix}"
         )
     return int(((half == 0) & (tensor != 0)).sum())

@@ -128,7 +128,7 @@ def test_what_is_left_alone_says_why():
         "shared": "several calls share shared.bias",
     }
     assert "norm.bias" in str(result)
-    assert "shared left alone: several calls share" in str(result)
+    assert "shared skipped: several calls share" in str(result)
 
 
 def test_integers_have_the_corrected_biases_and_modes_stay():

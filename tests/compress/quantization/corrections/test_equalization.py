@@ -109,7 +109,7 @@ def test_a_depthwise_reader_gets_an_even_activation():
     assert torch.allclose(after[~alive], before[~alive])
     assert result.pairs[0].activation_spread[1] < result.pairs[0].activation_spread[0]
     assert "0 -> 3" in str(result)
-    assert "17 left alone: the network returns what it gives" in str(result)
+    assert "17 skipped: the network returns what it gives" in str(result)
 
 
 def test_dead_channels_stay_as_they_are():

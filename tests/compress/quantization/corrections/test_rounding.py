@@ -96,7 +96,7 @@ def test_layers_come_in_forward_order_and_the_rest_says_why(rounded):
         "up": "transposed convolutions are rounded to the nearest",
     }
     assert "depthwise" in str(result)
-    assert "up left alone: transposed" in str(result)
+    assert "up skipped: transposed" in str(result)
     assert "float_weights" not in repr(result)
     original = float_net()
     for name, value in result.float_weights.items():
@@ -134,7 +134,7 @@ def test_scales_stay_and_zeros_stay_zero(ranges):
     scales = {n: q.scale.detach().clone() for n, q in net.quantization.weights.items()}
     before = integers(net)
     round_adaptively(net, forward, BATCHES, **QUICK)
-    after = integers(net)  # follows the greatest magnitude where that is what ranges do
+    after = integers(net)  # follows the largest magnitude where that is what ranges do
     assert any(not torch.equal(before[call], after[call]) for call in before)
     for name, quantizer in net.quantization.weights.items():
         assert torch.allclose(quantizer.scale, scales[name], rtol=1e-6, atol=0)

@@ -34,7 +34,7 @@ quick = settings(deadline=None, max_examples=80)
 
 
 def error_bound(grid: FixedPointGrid) -> float:
-    """The greatest error within the range, in absolute terms."""
+    """The largest error within the range, in absolute terms."""
     width = grid.high - grid.low
     if grid.method == "linear":
         return 2.0**-grid.fractional_bits  # half a step, a whole one at the upper end

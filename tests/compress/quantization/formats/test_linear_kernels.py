@@ -20,7 +20,7 @@ from lit_compress.compress.quantization.formats.linear_kernels import (
 pytest.importorskip("torchao")
 
 KINDS = {"int8_dynamic": 0.03, "int8_weight_only": 0.01, "int4_weight_only": 0.15}
-"""And the greatest relative error that is expected."""
+"""And the largest relative error that is expected."""
 
 
 def mlp(seed: int = 0, width: int = 64) -> nn.Sequential:

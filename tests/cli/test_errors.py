@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import LightningModule
 
 from lit_compress.cli import main
-from lit_compress.cli.complaints import as_complaint, explain, nearest
+from lit_compress.cli.errors import as_complaint, explain, nearest
 from tests.processes import run_script
 
 PARTS = ["--model=ImageClassifier", "--data=DigitsDataModule"]
