@@ -40,7 +40,9 @@ RUNTIMES: dict[str, tuple[Target, Target]] = {
 }
 ROUNDS = 30
 TIME_LIMIT = 1200
-TOLERANCE = ParityTolerance(cosine=0.95, argmax_agreement=0.5)  # random weights: near ties
+# Random weights magnify single roundings: the row records how far a file is off, and refuses none
+# that computes the network at all.
+TOLERANCE = ParityTolerance(cosine=0.95, argmax_agreement=0.5, max_error=1.0)
 
 
 def run_case(name: str, runtime: str, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def run_case(name: str, runtime: str, rounds: int = ROUNDS) -> dict[str, Any]:
             rows[kind] = {
                 "cosine": round(done.parity.cosine, 6),
                 "argmax_agreement": done.parity.argmax_agreement,
+                "max_relative_error": round(done.parity.max_relative_error, 6),
                 "size_bytes": done.size_bytes,
             }
         image = unseen[0][:1].clone()
