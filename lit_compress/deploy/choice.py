@@ -61,8 +61,8 @@ def forms_for(target: Target, assume_vnni: bool = False) -> dict[str, Spelling |
 
     Returns:
         ``"integers"``: as :func:`~lit_compress.deploy.export` writes it; ``"activations in
-        float"``: SiLU, hardswish and sigmoids as one operator on real numbers; ``"float"``: no
-        integers, which is ``None``.
+        float"``: SiLU, hardswish and sigmoids as one operator on real numbers, whose gate is not
+        rounded as it is in training; ``"float"``: no integers, which is ``None``.
     """
     spelling = integer_spelling(target, assume_vnni)
     forms = {"integers": spelling, "activations in float": replace(spelling, gates="whole")}

@@ -50,7 +50,7 @@ class ExecutorchRoute(Route):
 
     suffix = ".pte"
     extra = "executorch"
-    spelling = Spelling(signed_activations=True)
+    spelling = Spelling(signed_activations=True, gates="sigmoids")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""

@@ -24,7 +24,7 @@ class InductorRoute(Route):
 
     suffix = ".pt2"
     extra = None
-    spelling = Spelling(saturating_weights="float")
+    spelling = Spelling(saturating_weights="float", gates="sigmoids")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_compress.compress.quantization.integers import Spelling
+from lit_compress.compress.quantization.integers import IntegerNetwork, Spelling
 from lit_compress.deploy.exporting import quiet_exporter
 from lit_compress.deploy.flat_call import FlatCall
+from lit_compress.deploy.litert_weights import store_as_integers
 from lit_compress.deploy.route import Route, Runner, Tensors, needs_extra
 
 __all__ = ["LitertRoute"]
@@ -20,14 +21,13 @@ class LitertRoute(Route):
     """Converted by ``litert_torch``, run by the interpreter with XNNPACK.
 
     The batch size is fixed. In files of quantized networks inputs and outputs that lie on a grid
-    are integers (int8); the scales are in the file.
+    are integers (int8); the scales are in the file. Results that are on no grid in torch, such as
+    logits, are floats: on a grid they would end at the largest value that calibration saw.
     """
 
     suffix = ".tflite"
     extra = "litert"
-    spelling = Spelling(
-        signed_activations=True, weights_in_graph=True, quantized_outputs=True, gates="steps"
-    )
+    spelling = Spelling(signed_activations=True, weights_in_graph=True, gates="steps")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""
@@ -43,6 +43,9 @@ class LitertRoute(Route):
         with quiet_exporter(), torch.no_grad():
             model = litert_torch.convert(call, inputs, quant_config=config)
             model.export(str(path))
+            if integers:
+                assert isinstance(call.network, IntegerNetwork)
+                store_as_integers(path, call.network.linear_weights())
 
     def recognizes(self, head: bytes) -> bool:
         """See `Route.recognizes`; the format's name stands behind four bytes."""

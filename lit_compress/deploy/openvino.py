@@ -36,7 +36,7 @@ class OpenvinoRoute(Route):
     companions = (".bin",)
     any_batch = True
     extra = "openvino"
-    spelling = Spelling(weights_in_graph=True, saturating_weights="float")
+    spelling = Spelling(weights_in_graph=True, saturating_weights="float", gates="sigmoids")
 
     def export(self, call: FlatCall, inputs: Tensors, path: Path, *, integers: bool) -> None:
         """See `Route.export`."""

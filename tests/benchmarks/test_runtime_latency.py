@@ -292,6 +292,19 @@ def test_a_case_in_the_runtime(monkeypatch):
     assert rows["int8"]["median_ms"] > 0
 
 
+def test_where_integers_are_slower_the_table_says_what_is_kept():
+    def shown(int8_ms, **more):
+        rows = {"float": {"median_ms": 10.0}, "int8": {"median_ms": int8_ms}, **more}
+        return runtime_support.is_slower(rows), runtime_support._kept(rows)
+
+    times = {"integers": 12.0, "activations in float": 8.0, "float": 10.0}
+    assert shown(10.1) == (False, "integers")
+    assert shown(12.0) == (True, "")  # measured before this was
+    kept = {"form": "activations in float", "median_ms": times, "refused": []}
+    assert shown(12.0, fastest=kept) == (True, "activations in float, 1.25")
+    assert shown(12.0, fastest={"error": "ParityError: no"}) == (True, "fails")
+
+
 def test_a_process_that_dies_is_a_row(monkeypatch, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text("import os, sys; print('boom', file=sys.stderr); os._exit(7)")

@@ -74,6 +74,19 @@ def gated_net(soft=True):
     return net
 
 
+def deep_gated_net(soft=True, depth=4):
+    """Gates in a row, with ranges like those of trained networks, and a batch."""
+    torch.manual_seed(0)
+    gates = nn.SiLU if soft else nn.Hardswish
+    layers, width = [], 3
+    for _ in range(depth):
+        layers += [nn.Conv2d(width, 16, 3, padding=1), nn.BatchNorm2d(16), gates()]
+        width = 16
+    net, x = nn.Sequential(*layers, nn.Conv2d(16, 4, 1)), images(4)
+    net.train()(x)
+    return quantized(net, x), x
+
+
 class Nested(nn.Module):
     """Two inputs, one by keyword, and a dictionary of outputs."""
 

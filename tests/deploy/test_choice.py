@@ -7,17 +7,19 @@ import torch
 from torch.nn import functional as F
 
 import lit_compress.deploy.choice as choice
+from lit_compress.compress.quantization.integers import integer_network
 from lit_compress.deploy import (
     ExportedFile,
     Parity,
     ParityError,
+    ParityTolerance,
     export,
     export_fastest,
     load_file,
 )
 from lit_compress.deploy.benchmark_result import BenchmarkResult, FileLatency
 from lit_compress.deploy.runtimes import ROUTES
-from tests.deploy.nets import gated_net, images, quantized_net, small_net
+from tests.deploy.nets import deep_gated_net, gated_net, images, quantized_net, small_net
 
 
 def need_onnx():
@@ -106,6 +108,35 @@ def test_every_target_has_three_forms(target):
     assert forms["float"] is None
     assert forms["activations in float"].gates == "whole"
     assert forms["integers"] == ROUTES[target].spelling
+
+
+@pytest.mark.parametrize("target", ROUTES)
+def test_no_target_leaves_the_rounding_of_gates_out(target):
+    net, x = deep_gated_net()
+    with torch.no_grad():
+        expected = net(x)
+        spellings = choice.forms_for(target)
+        got, whole = (
+            integer_network(net, spellings[form])(x)
+            for form in ("integers", "activations in float")
+        )
+    assert 10 * (got - expected).abs().mean() < (whole - expected).abs().mean()
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "openvino",
+        pytest.param("executorch", marks=pytest.mark.slow),
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_gates_are_rounded_in_files(target, soft, tmp_path):
+    pytest.importorskip({"inductor": "torch"}.get(target, target))
+    net, x = deep_gated_net(soft)
+    done = export(net, target, tmp_path / "net", x, tolerance=ParityTolerance(cosine=0.9999))
+    assert done.parity.max_relative_error < 0.01
 
 
 def test_activations_with_gates_run_in_integers(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,6 +150,16 @@ class IntegerNetwork(nn.Module):
         with seen_calls(self.network, self._handle):
             return self.network(*args, **kwargs)
 
+    def linear_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights of linear layers that take integers.
+
+        Yields:
+            Real numbers on their grid, ``[out, in]``, and their scale, ``[out]``.
+        """
+        for layer in self._layers.values():
+            if layer.takes_integers and layer.values().dim() == 2:
+                yield layer.values(), layer.scale
+
     def _handle(
         self,
         name: str,
@@ -201,6 +211,7 @@ class _Layer:
     ) -> None:
         self._owner, self._index, self._spelling = owner, index, spelling
         self._axis, self._grid = layer.axis, layer.grid
+        self.takes_integers = input_scale is not None
         scale, bias = layer.scale, layer.bias
         values = layer.values
         self._integer_bias = False
@@ -229,6 +240,17 @@ class _Layer:
         else:
             self._keep(weight=(values.to(torch.int16) + self._zero).to(self._dtype))
         self._keep(scale=scale, zero_point=torch.full((len(scale),), self._zero))
+
+    @property
+    def scale(self) -> Tensor:
+        return self._kept("scale")
+
+    def values(self) -> Tensor:
+        """The real numbers for which the integers stand."""
+        values = self._kept("weight")
+        if self._spelling.weights_in_graph or self._floating:
+            return values
+        return dequantize(values, self.scale, self._kept("zero_point"), self._axis)
 
     def weight(self) -> Tensor:
         ends = (self._grid.low + self._zero, self._grid.high + self._zero)
