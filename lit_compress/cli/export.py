@@ -17,7 +17,11 @@ from lit_compress.callbacks.lightning.method_wrapping import MethodWrapper
 from lit_compress.cli.inspection import fill, numbers
 from lit_compress.cli.parsing import CommandParser
 from lit_compress.cli.subject import Subject, find_subject
-from lit_compress.compress.quantization.network import without_quantizers
+from lit_compress.compress.quantization.network import (
+    is_quantized,
+    quantized_network,
+    without_quantizers,
+)
 from lit_compress.deploy import (
     ExportedFile,
     FastestFile,
@@ -32,7 +36,7 @@ from lit_compress.deploy.flat_call import FlatCall, flat_inputs
 from lit_compress.deploy.runtimes import ROUTES
 from lit_compress.files import write_text
 from lit_compress.measure import ExampleInputs
-from lit_compress.measure.inputs import infer_batch_size, with_batch_size
+from lit_compress.measure.inputs import evaluating, infer_batch_size, with_batch_size
 from lit_compress.measure.table import aligned
 from lit_compress.plain import to_plain
 
@@ -71,6 +75,7 @@ def export(args: Sequence[str]) -> None:
         without_quantizers(subject.network)
     example, checks = _inputs(subject, options)
     metrics = dict(subject.validate()) if options.validate else {}
+    in_float = _float_metrics(subject) if options.validate and options.fastest else metrics
     written = []
     for target in targets:
         done = (export_fastest if options.fastest else export_network)(
@@ -84,14 +89,16 @@ def export(args: Sequence[str]) -> None:
             assume_vnni=options.assume_vnni,
         )
         file = done.file if isinstance(done, FastestFile) else done
-        scored = _scored(subject, file, example, metrics, options) if options.validate else {}
+        is_float = isinstance(done, FastestFile) and done.form == "float"
+        torchs = in_float if is_float else metrics
+        scored = _scored(subject, file, example, torchs, options) if options.validate else {}
         plain = {**to_plain(file), "path": str(file.path)}
         if isinstance(done, FastestFile):
             plain |= {"form": done.form, "median_ms": dict(done.median_ms)}
-        written.append({**plain, "metrics": {"torch": metrics, "file": scored}})
-        print(_shown(done, metrics, scored), end="\n\n")
-    if options.json:
-        write_text(options.json, json.dumps(written, indent=2) + "\n")
+        written.append({**plain, "metrics": {"torch": torchs, "file": scored}})
+        print(_shown(done, torchs, scored), end="\n\n")
+        if options.json:  # after each target: the next one may fail
+            write_text(options.json, json.dumps(written, indent=2) + "\n")
 
 
 def _parser() -> CommandParser:
@@ -156,7 +163,7 @@ def _place(options: Namespace, target: str, num_targets: int) -> Path:
     if options.output is None:
         return Path(options.checkpoint).with_name(f"{name}.{target}{suffix}")
     output = Path(options.output)
-    if num_targets == 1 and output.suffix:
+    if num_targets == 1 and output.suffix and not output.is_dir():
         return output
     return output / f"{name}.{target}{suffix}"
 
@@ -192,12 +199,24 @@ def _scored(
     return scored
 
 
+def _float_metrics(subject: Subject) -> dict[str, float]:
+    """The metrics of the network without rounding."""
+    quantizations = [quantized_network(m) for m in subject.network.modules() if is_quantized(m)]
+    for quantization in quantizations:
+        quantization.set_mode(observing=False, quantizing=False)
+    try:
+        return dict(subject.validate())
+    finally:
+        for quantization in quantizations:
+            quantization.set_mode(observing=False, quantizing=True)
+
+
 class _FileInstead:
     """A loaded file called as the network is, in batches of the size that it takes."""
 
     def __init__(self, runner: LoadedFile, network: nn.Module, example: ExampleInputs) -> None:
         self._runner = runner
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(network):
             _, self._spec = FlatCall(network, example).outputs_of(flat_inputs(example))
 
     def forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:

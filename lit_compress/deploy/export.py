@@ -23,7 +23,7 @@ from lit_compress.compress.quantization.network import (
 from lit_compress.compress.quantization.placement import layer_of
 from lit_compress.deploy.exporting import exported_program, where_batch_is_fixed
 from lit_compress.deploy.flat_call import FlatCall, flat_inputs
-from lit_compress.deploy.parity import Parity, ParityTolerance, compare
+from lit_compress.deploy.parity import Parity, ParityError, ParityTolerance, compare
 from lit_compress.deploy.places import layers_named_in, listed, place_of_error, words_of_error
 from lit_compress.deploy.route import ExportError, MissingExtra, Route, Target, Tensors
 from lit_compress.deploy.runtimes import LoadedFile, content_of, load_file, route_to
@@ -35,7 +35,7 @@ from lit_compress.measure.inputs import (
     infer_batch_size,
     with_batch_size,
 )
-from lit_compress.measure.processor import describe_processor
+from lit_compress.measure.processor import describe_processor, processor
 from lit_compress.measure.size import compressed_length
 from lit_compress.measure.table import aligned, megabytes
 
@@ -145,7 +145,7 @@ def export(
     Warns:
         UserWarning: If the file could take any batch size, but the network itself fixes it.
     """
-    route_to(target)
+    spelling = integer_spelling(target, assume_vnni)
     integers = is_quantized(network)
     if target == "ort-int8" and not integers:
         raise ValueError(
@@ -158,7 +158,7 @@ def export(
         target,
         path,
         example_inputs,
-        integer_spelling(target, assume_vnni) if integers else None,
+        spelling if integers else None,
         check_inputs=check_inputs,
         tolerance=tolerance,
         num_threads=num_threads,
@@ -197,6 +197,8 @@ def export_as(
     """
     route, integers = route_to(target), spelling is not None
     path = _with_suffix(Path(path), route)
+    _check_settings(tolerance, num_threads)
+    form = None if spelling is None else spelling.saturating_weights
     batches = list(check_inputs) if check_inputs is not None else [example_inputs]
     if not batches:
         raise ValueError("check_inputs holds no batch; give at least one, or leave it out.")
@@ -219,9 +221,17 @@ def export_as(
                 if route.any_batch and size is not None:
                     warnings.warn(_about_the_batch(path, size, reference, inputs), stacklevel=2)
                 parity = compare(_pairs(reference, loaded, _resized(batches, size)))
-            (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
+            try:
+                (tolerance or ParityTolerance()).check(parity, f"{path} ({target})")
+            except ParityError as error:
+                if form == "int8" and saturating and processor()[1]["vnni"] is False:
+                    raise ParityError(
+                        f"{error} It was written for processors with VNNI, which this one is not: "
+                        f"{_named(saturating)} may saturate here. Write it on the processor that "
+                        "it is for, or leave out assume_vnni (--assume-vnni)."
+                    ) from error
+                raise
     data = content_of(path)
-    form = None if spelling is None else spelling.saturating_weights
     return ExportedFile(
         path=path,
         target=target,
@@ -243,11 +253,26 @@ def integer_spelling(target: Target, assume_vnni: bool = False) -> Spelling:
     Args:
         target: As in :func:`export`.
         assume_vnni: Likewise.
+
+    Raises:
+        ValueError: If there is no such target, or ``assume_vnni`` is no flag.
     """
+    if not isinstance(assume_vnni, bool):
+        raise ValueError(f"assume_vnni is {assume_vnni!r}, expected true or false.")
     spelling = route_to(target).spelling
     if assume_vnni and spelling.saturating_weights != "exact":
         return replace(spelling, saturating_weights="int8")
     return spelling
+
+
+def _check_settings(tolerance: object, num_threads: object) -> None:
+    if tolerance is not None and not isinstance(tolerance, ParityTolerance):
+        raise ValueError(
+            f"tolerance is {tolerance!r}, expected a ParityTolerance, as in "
+            "ParityTolerance(max_error=0.05)."
+        )
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads!r}, expected a whole number of at least 1.")
 
 
 def _named(layers: Sequence[str], at_most: int = 4) -> str:

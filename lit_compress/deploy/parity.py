@@ -58,8 +58,14 @@ class ParityTolerance:
             where: The file in words, for the message.
 
         Raises:
+            ValueError: If torch's own outputs are not finite: nothing can be compared with them.
             ParityError: If a number is below the least one, or not a number.
         """
+        if not parity.reference_is_finite:
+            raise ValueError(
+                f"{where} cannot be compared: the network gives NaN or infinity on check_inputs. "
+                "The file was not kept. Give inputs on which its outputs are finite."
+            )
         agreement = parity.argmax_agreement
         agrees = agreement is None or (
             agreement >= min(self.argmax_agreement, 1 - 1 / parity.num_positions)
@@ -94,6 +100,7 @@ class Parity:
             a position. ``None`` where no output has one.
         num_examples: Examples compared.
         num_positions: Positions compared.
+        reference_is_finite: Whether all of torch's outputs are.
     """
 
     cosine: float
@@ -102,6 +109,7 @@ class Parity:
     argmax_agreement: float | None
     num_examples: int
     num_positions: int
+    reference_is_finite: bool = True
 
     def __str__(self) -> str:
         agreement = self.argmax_agreement
@@ -125,9 +133,11 @@ class _Sums:
         self.ours = self.theirs = self.both = 0.0
         self.same = self.positions = 0
         self.max_abs_error = self.largest = 0.0
+        self.is_finite = True
 
     def add(self, reference: Tensor, candidate: Tensor) -> None:
         a, b = reference.double(), candidate.double()
+        self.is_finite &= bool(a.isfinite().all())
         self.ours += float((a * a).sum())
         self.theirs += float((b * b).sum())
         self.both += float((a * b).sum())
@@ -190,6 +200,7 @@ def compare(pairs: Iterable[tuple[Tensors, Tensors]]) -> Parity:
         argmax_agreement=sum(t.same for t in sums) / positions if positions else None,
         num_examples=examples,
         num_positions=positions,
+        reference_is_finite=all(total.is_finite for total in sums),
     )
 
 

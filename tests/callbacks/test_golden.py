@@ -111,7 +111,10 @@ def holds(new: Any, old: Any) -> bool:
 )
 def test_results_are_read(kind: Any, files: list[str]) -> None:
     for file in files:
-        assert holds(json.loads(kind.load(file).to_json()), json.loads(Path(file).read_text()))
+        saved = json.loads(Path(file).read_text())
+        for name in getattr(kind, "json_computed", ()):  # words, of which the version is free
+            saved.pop(name)
+        assert holds(json.loads(kind.load(file).to_json()), saved)
 
 
 def test_solutions_of_searches_are_taken() -> None:

@@ -50,6 +50,21 @@ def test_a_quantized_checkpoint_becomes_an_int8_file_that_scores_as_torch(int8_c
         assert torch.allclose(logits, module(images), atol=0.2)
 
 
+def test_several_targets_are_files_of_the_same_network(int8_checkpoint, tmp_path):
+    targets = ["onnx", "ort-int8", "onnx", "ort-int8"]
+    arguments = [f"--to={','.join(targets)}", "--validate", f"--output={tmp_path}"]
+    assert main(["export", str(int8_checkpoint), *arguments, "--json=out.json"]) == 0
+    first, second, third, fourth = json.loads(Path("out.json").read_text())
+    assert first["metrics"] == third["metrics"]
+    assert second["metrics"] == fourth["metrics"]
+    module = load_compressed(int8_checkpoint, ImageClassifier).eval()
+    images = torch.rand(5, 1, 8, 8)
+    with load_file(fourth["path"]) as file, torch.no_grad():
+        (logits,) = file((images,))
+        expected = module(images)
+    assert float((logits - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
 def test_the_fastest_form_is_kept(int8_checkpoint, capsys):
     arguments = ["--to=ort-int8", "--fastest", "--assume-vnni", "--json=out.json"]
     assert main(["export", str(int8_checkpoint), *arguments, "--output=fast.onnx"]) == 0

@@ -1,6 +1,7 @@
 """Errors of exports name the layer, the line and the remedy; a fixed batch size is called one."""
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -200,3 +201,32 @@ def test_a_limit_of_the_batch_size_is_called_one(tmp_path):
     said = r"UpToFour raised RuntimeError.*self\.offset.*check_inputs of \(8, .*limits its batch"
     with pytest.raises(ValueError, match=said):
         export(UpToFour(), "onnx", tmp_path / "net", images(4), check_inputs=[images(8)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"assume_vnni": "no"}, "assume_vnni is 'no', expected true or false"),
+        ({"num_threads": 0}, "num_threads is 0, expected a whole number of at least 1"),
+        ({"num_threads": "2"}, "num_threads is '2', expected"),
+        ({"tolerance": 0.01}, "tolerance is 0.01, expected a ParityTolerance"),
+        ({"check_inputs": [(images() * torch.nan,)]}, "gives NaN or infinity on check_inputs"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(settings, said, tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ValueError, match=said):
+        export(small_net(), "onnx", tmp_path / "net.onnx", images(), **settings)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_for_vnni_that_saturates_here_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    module = import_module("lit_compress.deploy.export")  # the package has a function of this name
+    network = quantized(small_net(), images(), weight_bits=8, avoid_saturation=False)
+    monkeypatch.setattr(module, "processor", lambda: ("", {"vnni": False}))
+    tight = module.ParityTolerance(cosine=1.0, max_error=0.0)
+    with pytest.raises(module.ParityError, match="for processors with VNNI, which this one is not"):
+        module.export(
+            network, "ort-int8", tmp_path / "a.onnx", images(), assume_vnni=True, tolerance=tight
+        )

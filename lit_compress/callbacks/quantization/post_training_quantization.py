@@ -106,6 +106,8 @@ class PostTrainingQuantization(CompressionCallback):
         save: Whether to write it.
         network: Dotted name of the network in the LightningModule; by default the only child that
             holds all parameters, or else the module itself.
+        avoid_saturation: Whether the scales of 8-bit weights leave room for the sums of two
+            products, which saturate on x86 processors without VNNI.
 
     Raises:
         ValueError: At construction, if an argument is out of range, of the wrong kind or of another
@@ -144,11 +146,12 @@ class PostTrainingQuantization(CompressionCallback):
         dirpath: str | Path | None = None,
         save: bool = True,
         network: str | None = None,
+        avoid_saturation: bool = True,
     ) -> None:
         super().__init__()
         self.scheme = PostTrainingScheme(
             method, weight_bits, activation_bits, declared_bits(layer_bits, network), ranges,
-            percentile, corrections, ignored_layers or (), fixed_point,
+            percentile, corrections, ignored_layers or (), fixed_point, avoid_saturation,
         )  # fmt: skip
         self._is_searched = layer_bits == SEARCHED
         if self._is_searched:

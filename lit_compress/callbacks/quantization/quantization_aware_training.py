@@ -97,6 +97,8 @@ class QuantizationAwareTraining(CompressionCallback):
         quantize_last_layer: Whether the last layer is quantized.
         network: Dotted name of the network in the LightningModule; by default the only child that
             holds all parameters, or else the module itself.
+        avoid_saturation: Whether the scales of 8-bit weights leave room for the sums of two
+            products, which saturate on x86 processors without VNNI.
 
     Raises:
         ValueError: At construction, if an argument is out of range or of the wrong kind. When the
@@ -134,6 +136,7 @@ class QuantizationAwareTraining(CompressionCallback):
         quantize_first_layer: bool = True,
         quantize_last_layer: bool = True,
         network: str | None = None,
+        avoid_saturation: bool = True,
     ) -> None:
         super().__init__()
         if ranges not in get_args(Ranges):
@@ -142,6 +145,7 @@ class QuantizationAwareTraining(CompressionCallback):
             weight_bits, activation_bits, declared_bits(layer_bits, network),
             "learned" if ranges == "learned" else "minmax", ranges,
             ignored_layers or (), quantize_first_layer, quantize_last_layer,
+            avoid_saturation=avoid_saturation,
         )  # fmt: skip
         self.moments = QuantizationMoments(
             begin, freeze_batch_norm, freeze_ranges, initial_weight_bits, unit

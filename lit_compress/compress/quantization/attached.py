@@ -21,7 +21,13 @@ from lit_compress.compress.quantization.calls import (
     tensors_in,
     with_layer_arguments,
 )
-from lit_compress.compress.quantization.gates import PRODUCTS, gate_input, gated, operator_of
+from lit_compress.compress.quantization.gates import (
+    PRODUCTS,
+    gate_input,
+    gated,
+    is_in_place,
+    operator_of,
+)
 from lit_compress.compress.quantization.integer_bias import integer_bias
 from lit_compress.compress.quantization.placement import Placement, layer_of
 from lit_compress.compress.quantization.quantizers import (
@@ -295,7 +301,9 @@ class Quantization(nn.Module):
         gate = self._gate_of.get(name)
         if gate is not None and self.gates[gate].quantizing:
             x = gate_input(args, kwargs)
-            return self._quantize(name, gated(op, x, self.gates[gate]))
+            if not is_in_place(func, args, kwargs):
+                return self._quantize(name, gated(op, x, self.gates[gate]))
+            return x.copy_(self._quantize(name, gated(op, x.clone(), self.gates[gate])))
         return self._quantize(name, func(*args, **kwargs))
 
     def _integer_bias(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["GATES", "PRODUCTS", "gate_input", "gated", "operator_of"]
+__all__ = ["GATES", "PRODUCTS", "gate_input", "gated", "is_in_place", "operator_of"]
 
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -46,6 +46,12 @@ def gate_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The tensor among the arguments of an operator of :data:`GATES`."""
     x: Tensor = args[0] if args else kwargs["input"]
     return x
+
+
+def is_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes its result into its input, where later calls read it."""
+    flags = (*args[1:], kwargs.get("inplace", False))
+    return any(flag is True for flag in flags) or getattr(func, "__name__", "").endswith("_")
 
 
 def operator_of(call: str) -> str:

@@ -19,7 +19,7 @@ from lit_compress.compress.quantization.calls import (
     seen_calls,
     with_layer_arguments,
 )
-from lit_compress.compress.quantization.gates import gate_input
+from lit_compress.compress.quantization.gates import gate_input, is_in_place
 from lit_compress.compress.quantization.integer_gates import (
     Constants,
     GateSpelling,
@@ -177,7 +177,8 @@ class IntegerNetwork(nn.Module):
         if name in self._gates:
             x, grids = gate_input(args, kwargs), self._gates[name]
             result = write_gate(op, x, *grids, spelling=self.spelling.gates, owner=self)
-            return self._quantize(name, result)
+            result = self._quantize(name, result)
+            return x.copy_(result) if is_in_place(func, args, kwargs) else result
         return self._quantize(name, func(*args, **kwargs))
 
     def _quantize(self, name: str, value: Any) -> Any:

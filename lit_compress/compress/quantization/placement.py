@@ -155,10 +155,13 @@ def _floating(network: nn.Module, layers: list[Call], scheme: QuantizationScheme
     floating = {}
     for call in layers:
         name = layer_name(call)
+        kinds = {c.op.startswith("conv_transpose") for c in layers if c.weight == call.weight}
         if scheme.ignores(name):
             floating[call.name] = "it is in ignored_layers"
         elif call.weight is None:
             floating[call.name] = "its weight is no parameter, but computed or a buffer"
+        elif len(kinds) > 1:
+            floating[call.name] = "its weight is a convolution's and a transposed convolution's"
         elif call.computes_bias:
             floating[call.name] = "its bias is no parameter, but computed or a buffer"
         elif network.get_parameter(call.weight).dim() < 2:

@@ -55,7 +55,7 @@ PostTrainingMethod: TypeAlias = Literal[
 Correction: TypeAlias = Literal["equalization", "bias_correction", "adaround"]
 """What makes up for few bits; see :class:`PostTrainingScheme`."""
 
-_ROUNDED = {"weight_bits", "layer_bits", "corrections", "ignored_layers"}
+_ROUNDED = {"avoid_saturation", "weight_bits", "layer_bits", "corrections", "ignored_layers"}
 _TAKES: dict[str, set[str]] = {
     "static": {*_ROUNDED, "activation_bits", "ranges", "percentile"},
     "dynamic": {*_ROUNDED, "activation_bits"},
@@ -97,6 +97,9 @@ class PostTrainingScheme:
         ignored_layers: Name patterns of layers that stay in floating point; not for half precision
             and fixed point.
         fixed_point: What is rounded, for ``"fixed_point"``; ``None`` for its defaults.
+        avoid_saturation: As in
+            :class:`~lit_compress.compress.quantization.scheme.QuantizationScheme`, for the first
+            three methods.
 
     Raises:
         ValueError: If a value is out of range or of the wrong kind, or belongs to another method.
@@ -111,6 +114,7 @@ class PostTrainingScheme:
     corrections: Sequence[Correction] = ()
     ignored_layers: Sequence[str] = ()
     fixed_point: FixedPoint | None = None
+    avoid_saturation: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, PostTrainingMethod)
@@ -155,6 +159,7 @@ class PostTrainingScheme:
             _ACTIVATION_RANGES.get(self.method, "observed"),
             self.ignored_layers,
             per_tensor_weights=per_tensor_weights,
+            avoid_saturation=self.avoid_saturation,
         )
 
     def _refuse_arguments_of_others(self) -> None:

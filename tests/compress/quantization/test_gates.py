@@ -222,3 +222,54 @@ def test_only_records_from_before_may_lack_them():
     assert Placement.from_plain({k: v for k, v in plain.items() if k != "gates"}) == Placement()
     with pytest.raises(ValueError, match="a placement of quantizers has the parts"):
         Placement.from_plain({k: v for k, v in plain.items() if k != "weights"})
+
+
+class InPlace(nn.Module):
+    """Activations as statements, whose results nobody takes."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head, self.act = nn.Conv2d(8, 4, 1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            x = layer(x)
+            if self.act == "sigmoid":
+                x.sigmoid_()
+            else:
+                getattr(F, self.act)(x, inplace=True)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("act", ["silu", "hardswish", "sigmoid", "relu"])
+@pytest.mark.parametrize("gates", ["whole", "table", "product"])
+def test_activations_in_place_change_what_later_calls_read(act, gates):
+    network = InPlace(act).eval()
+    expected = network(IMAGES).detach()
+    prepare(network, QuantizationScheme(), lambda net: net(IMAGES))
+    calibrate(network, lambda net, batch: net(batch), [IMAGES])
+    rounded = network(IMAGES).detach()
+    assert float((rounded - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    spelled = {"whole": Spelling()}.get(gates) or Spelling(gates=gates)
+    integers = integer_network(network, spelled)(IMAGES).detach()
+    assert float((integers - rounded).abs().max()) < 0.03 * float(expected.abs().max())
+    network.train()(IMAGES).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in InPlace.parameters(network)
+               if p.requires_grad)  # fmt: skip
+
+
+def test_a_weight_of_a_convolution_and_a_transposed_one_stays_in_float():
+    tied, transposed = nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 3)
+    transposed.weight = tied.weight
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), tied, nn.ReLU(), transposed, nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).eval()
+    quantization = prepare(network, QuantizationScheme(), lambda net: net(IMAGES))
+    reasons = set(quantization.placement.floating.values())
+    assert "its weight is a convolution's and a transposed convolution's" in reasons
+    calibrate(network, lambda net, batch: net(batch), [IMAGES])
+    rounded = network(IMAGES)
+    integers = integer_network(network, Spelling())(IMAGES)
+    assert float((integers - rounded).abs().max()) < 1e-3 * float(rounded.abs().max())
