@@ -8,6 +8,7 @@ from lit_compress.callbacks.quantization.post_training_quantization import PostT
 from lit_compress.callbacks.quantization.quantization_aware_training import (
     QuantizationAwareTraining,
 )
+from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.callbacks.weight_clustering import WeightClustering
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "MagnitudeSparsity",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "RatioSearch",
     "WeightClustering",
 ]

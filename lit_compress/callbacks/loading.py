@@ -16,9 +16,8 @@ from torch import nn
 from lit_compress.callbacks.distillation.teacher import read_remote
 from lit_compress.callbacks.lightning.structure_in_checkpoints import carry_structure
 from lit_compress.compress.quantization.formats.linear_kernels import torchao_weights_readable
-from lit_compress.compress.quantization.stored import holds_torchao_weights, take_quantization
-from lit_compress.compress.structure import replay
-from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, structure_for
+from lit_compress.compress.quantization.stored import holds_torchao_weights
+from lit_compress.compress.weight_files import load_checkpoint, read_checkpoint, take_structure
 
 __all__ = ["load_compressed"]
 
@@ -71,10 +70,9 @@ def load_compressed(
         slim = load_compressed("last.ckpt", MyLightningModule)
     """
     content = read_checkpoint(checkpoint_path, read_remote)
-    of_record = f"the structure record in {os.fspath(checkpoint_path)!r}"
     if isinstance(module, type) and issubclass(module, LightningModule):
         _check_has_hyper_parameters(content, checkpoint_path, module)
-        with _replaying_first(_classes(module, content), of_record), ExitStack() as readable:
+        with _replaying_first(_classes(module, content), checkpoint_path), ExitStack() as readable:
             if holds_torchao_weights(content):
                 readable.enter_context(torchao_weights_readable())
                 map_location = map_location or "cpu"  # such tensors take no function
@@ -102,8 +100,7 @@ def load_compressed(
         return module
     if is_overridden("configure_model", module):
         module.configure_model()
-    replay(module, structure_for(module, content), of_record)
-    take_quantization(module, content)
+    take_structure(module, content, checkpoint_path)
     carry_structure(module)
     module.on_load_checkpoint(content)
     strict = module.strict_loading if strict is None else strict
@@ -115,7 +112,9 @@ def load_compressed(
 
 
 @contextmanager
-def _replaying_first(classes: Iterable[type[LightningModule]], source: str) -> Iterator[None]:
+def _replaying_first(
+    classes: Iterable[type[LightningModule]], source: str | os.PathLike[str]
+) -> Iterator[None]:
     """Have modules of some classes take the structure of a checkpoint before its weights.
 
     Nothing but its own hook comes between a module's construction and the loading of its weights.
@@ -131,8 +130,7 @@ def _replaying_first(classes: Iterable[type[LightningModule]], source: str) -> I
                 checkpoint: dict[str, Any],
                 original: Callable[..., None] = original,
             ) -> None:
-                replay(self, structure_for(self, checkpoint), source)
-                take_quantization(self, checkpoint)
+                take_structure(self, checkpoint, source)
                 original(self, checkpoint)
 
             if _HOOK in vars(patched):

@@ -14,11 +14,22 @@ from lit_compress.compress.layers import plain_name
 from lit_compress.compress.packing.checkpoint import unpacked_checkpoint
 from lit_compress.compress.packing.packed_file import packed_content
 from lit_compress.compress.quantization.formats.linear_kernels import torchao_weights_readable
-from lit_compress.compress.quantization.stored import belongs_to_quantizers, take_quantization
+from lit_compress.compress.quantization.stored import (
+    belongs_to_quantizers,
+    quantization_within,
+    take_quantization,
+)
 from lit_compress.compress.structure import record_of, replay, values_after
 from lit_compress.compress.structure_record import StructureRecord, Value
 
-__all__ = ["load_checkpoint", "load_weights", "read_checkpoint", "read_weights", "structure_for"]
+__all__ = [
+    "load_checkpoint",
+    "load_weights",
+    "read_checkpoint",
+    "read_weights",
+    "structure_for",
+    "take_structure",
+]
 
 FilePath = str | os.PathLike[str]
 
@@ -116,9 +127,7 @@ def load_checkpoint(
     given = {plain_name(name): value for name, value in checkpoint["state_dict"].items()}
     prefix = _common_prefix(list(keys), list(given))
     given = {name[len(prefix) :]: v for name, v in given.items() if name.startswith(prefix)}
-    record = structure_for(network, checkpoint, prefix)
-    of_record = f"the structure record in {os.fspath(source)!r}"
-    resized = values_after(network, record, of_record)
+    resized = values_after(network, structure_for(network, checkpoint, prefix), _of_record(source))
     expected = {name: resized.get(name, _shape(state[key])) for name, key in keys.items()}
     misfit = _first_misfit(expected, given, strict)
     if misfit is not None:
@@ -127,11 +136,36 @@ def load_checkpoint(
             f"the weights in {os.fspath(source)!r}{under} do not fit {type(network).__name__}: "
             f"{misfit}. {fix}"
         )
-    replay(network, record, of_record)
-    take_quantization(network, checkpoint, prefix, repr(os.fspath(source)))
+    take_structure(network, checkpoint, source, prefix)
     keys = {plain_name(key): key for key in network.state_dict()}
     fitting = {keys[name]: value for name, value in given.items() if name in keys}
     network.load_state_dict(fitting, strict=strict)
+
+
+def take_structure(
+    module: nn.Module, checkpoint: Mapping[str, Any], source: FilePath, prefix: str = ""
+) -> None:
+    """Give a module the cuts and the quantizers of a checkpoint: the one way back, for all readers.
+
+    The hook in ``Trainer.fit(ckpt_path=)``, ``load_compressed`` and the command line use it.
+
+    Args:
+        module: The module that is about to take the weights, dense or as another run left it.
+        checkpoint: What :func:`read_checkpoint` gave.
+        source: Where it came from, for the message.
+        prefix: What the module's names begin with in the checkpoint.
+
+    Raises:
+        ValueError: If a record is none, or does not fit the module, which is then as it was.
+    """
+    record = structure_for(module, checkpoint, prefix)
+    quantization_within(module, checkpoint, prefix, repr(os.fspath(source)))
+    replay(module, record, _of_record(source))
+    take_quantization(module, checkpoint, prefix, repr(os.fspath(source)))
+
+
+def _of_record(source: FilePath) -> str:
+    return f"the structure record in {os.fspath(source)!r}"
 
 
 def structure_for(

@@ -12,11 +12,10 @@ from lit_compress.callbacks.lightning.weight_averages import averaged_modules
 from lit_compress.compress.quantization.stored import (
     QUANTIZATION_KEY,
     quantization_records,
-    take_quantization,
 )
-from lit_compress.compress.structure import record_of, replay
+from lit_compress.compress.structure import record_of
 from lit_compress.compress.structure_record import STRUCTURE_KEY
-from lit_compress.compress.weight_files import structure_for
+from lit_compress.compress.weight_files import take_structure
 
 __all__ = ["CarriedStructure", "carry_structure"]
 
@@ -57,10 +56,8 @@ class CarriedStructure:
         trainer = self._pl_module._trainer
         averages = [] if trainer is None else averaged_modules(trainer)
         path = None if trainer is None else trainer.ckpt_path
-        source = "the structure record" + (f" in {str(path)!r}" if path else "")
         for module in (self._pl_module, *averages):
-            replay(module, structure_for(module, checkpoint), source)
-            take_quantization(module, checkpoint)
+            take_structure(module, checkpoint, path or "a checkpoint")
         load(checkpoint)
 
 

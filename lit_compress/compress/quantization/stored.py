@@ -26,6 +26,7 @@ __all__ = [
     "belongs_to_quantizers",
     "holds_torchao_weights",
     "quantization_records",
+    "quantization_within",
     "take_quantization",
 ]
 
@@ -42,16 +43,19 @@ def quantization_records(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def take_quantization(
+def quantization_within(
     module: nn.Module, checkpoint: Mapping[str, Any], prefix: str = "", source: str = "checkpoint"
-) -> None:
-    """Quantize what a checkpoint has quantized, and nothing else; scales come with the weights.
+) -> dict[str, Mapping[str, Any]]:
+    """The quantization records that a checkpoint has of a module, which is not changed.
 
     Args:
-        module: A module of the structure that the checkpoint needs.
+        module: The module.
         checkpoint: It may hold records under :data:`QUANTIZATION_KEY`.
         prefix: What the module's names begin with in the checkpoint.
         source: Where the checkpoint came from, for the message.
+
+    Returns:
+        By name of the network within the module.
 
     Raises:
         ValueError: If the records are none, or of another model.
@@ -67,6 +71,31 @@ def take_quantization(
         for full, record in stored.items()
         if (name := _within(full, prefix)) is not None
     }
+    known = dict(module.named_modules(remove_duplicate=False))
+    unknown = next((name for name in wanted if name not in known), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{source} has a quantized network {unknown!r}, which {type(module).__name__} does not "
+            "have. Build it with the arguments that it had in the run that wrote the file."
+        )
+    return wanted
+
+
+def take_quantization(
+    module: nn.Module, checkpoint: Mapping[str, Any], prefix: str = "", source: str = "checkpoint"
+) -> None:
+    """Quantize what a checkpoint has quantized, and nothing else; scales come with the weights.
+
+    Args:
+        module: A module of the structure that the checkpoint needs.
+        checkpoint: As for :func:`quantization_within`.
+        prefix: Likewise.
+        source: Likewise.
+
+    Raises:
+        ValueError: If the records are none, or of another model; nothing was changed then.
+    """
+    wanted = quantization_within(module, checkpoint, prefix, source)
     present = quantization_records(module)
     for name in present:
         if present[name] != wanted.get(name):
@@ -74,13 +103,7 @@ def take_quantization(
     for name, record in wanted.items():
         if present.get(name) == record and is_conversion(record):
             continue  # quantizers are made again: weights may have other sizes by now
-        try:
-            network = module.get_submodule(name)
-        except AttributeError as error:
-            raise ValueError(
-                f"{source} has a quantized network {name!r}, which {type(module).__name__} does "
-                "not have. Build it with the arguments that it had in the run that wrote the file."
-            ) from error
+        network = module.get_submodule(name)
         if is_conversion(record):
             convert_as(network, record)
         else:
