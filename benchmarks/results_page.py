@@ -270,7 +270,9 @@ def support(results: dict[str, Any]) -> str:
 
 Each network, in floating point and quantized after training, on each runtime: one thread, one image
 at a time, {results["rounds"]} rounds; cosine and argmax agreement against the same network in
-torch. The networks have {results["weights"]}.
+torch. Where int8 takes more than {runtime_support.BAR} times as long as fp32, the last column is
+what `export --fastest` keeps, and how many times as fast as fp32 that is. The networks have
+{results["weights"]}.
 
 {runtime_support.table(results)}
 
