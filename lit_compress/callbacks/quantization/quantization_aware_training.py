@@ -167,6 +167,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._is_searched = layer_bits == SEARCHED
 
         self._training: QuantizedTraining | None = None
+        self._found: nn.Module | None = None  # the network, during a fit
         self._resumes = False
         self._frozen = FrozenBatchNorms()
         self._calls: CallWatch | None = None
@@ -185,7 +186,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Fix the moments, or take over those and the quantizers of a checkpoint."""
         check_not_compiled(pl_module, type(self).__name__)  # configure_model may have done it
         self._check_own_network(trainer, pl_module)
-        network = self._network(pl_module)
+        self._found = network = self._network(pl_module)
         fresh_loaders(trainer)  # what is calibrated on later
         self._resumes = (
             state is not None
@@ -196,7 +197,7 @@ class QuantizationAwareTraining(CompressionCallback):
             # The run keeps the moments it was started with, also when max_epochs has grown.
             plan = QuantizationPlan(**{"unit": self.moments.unit, **state["plan"]})
             self._training = self._with_plan(plan)
-            self._training.resume(trainer, pl_module)
+            self._training.resume(trainer, pl_module, network)
         else:
             self._check_same_scales(state)
             draw_batches(trainer, 1)  # says so now if there are none
@@ -205,16 +206,16 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the network calibrated quantizers, after cuts and clusters of the first step."""
+        network = self._trained
         if not self._resumes:
-            self._active.prepare(trainer, pl_module)
-        network = self._network(pl_module)
+            self._active.prepare(trainer, pl_module, network)
         self._calls = CallWatch(network)
         self.bindings.add(
             self._calls,
             SteadyScales(trainer, network),
             AverageWatch(trainer, lambda average: follow_in_average(pl_module, network, average)),
         )
-        self._active.follow_plan(trainer, pl_module)
+        self._active.follow_plan(trainer, pl_module, self._trained)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -226,7 +227,7 @@ class QuantizationAwareTraining(CompressionCallback):
         if extra and trainer.current_epoch >= (trainer.max_epochs or 0) - extra:
             self._frozen.release()  # SWA takes new statistics for its average
         else:
-            self._frozen.hold(self._network(pl_module))
+            self._frozen.hold(self._trained)
 
     def on_train_batch_end(
         self,
@@ -239,10 +240,10 @@ class QuantizationAwareTraining(CompressionCallback):
         """The mode of the next step, before validation and checkpoints."""
         if self._calls is not None:
             self._calls.num_steps += 1
-        quantization = quantized_network(self._network(pl_module))
+        quantization = quantized_network(self._trained)
         if quantization.observing:
             agree_on_ranges(trainer, quantization)
-        self._active.follow_plan(trainer, pl_module)
+        self._active.follow_plan(trainer, pl_module, self._trained)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if training does not reach what was quantized."""
@@ -262,7 +263,7 @@ class QuantizationAwareTraining(CompressionCallback):
         self._frozen.release()
         plan, now = self._active.plan, self._active.now
         name, unit = type(self).__name__, plan.unit
-        if not quantized_network(self._network(pl_module)).quantizing:
+        if not quantized_network(self._trained).quantizing:
             rank_zero_warn(
                 f"{name}: training ended before {unit} {plan.begin}, where rounding begins; the "
                 "network was not trained with integers. Train longer, or begin earlier."
@@ -277,7 +278,7 @@ class QuantizationAwareTraining(CompressionCallback):
         """Release the run; the network stays quantized."""
         super().release()
         self._frozen.release()
-        self._calls = None
+        self._calls = self._found = None
 
     def on_channels_cut(
         self,
@@ -335,6 +336,11 @@ class QuantizationAwareTraining(CompressionCallback):
         assert self._training is not None, "on_fit_start has not run"
         return self._training
 
+    @property
+    def _trained(self) -> nn.Module:
+        assert self._found is not None, "on_fit_start has not run"
+        return self._found
+
     def _plan(self, trainer: pl.Trainer) -> QuantizationPlan:
         name = type(self).__name__
         moments, unit = resolve_moments(trainer, self.moments.moments, self.moments.unit, name)
@@ -346,7 +352,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def _with_plan(self, plan: QuantizationPlan) -> QuantizedTraining:
         name, batches = type(self).__name__, self.num_calibration_batches
-        return QuantizedTraining(name, self.scheme, plan, self.network, batches)
+        return QuantizedTraining(name, self.scheme, plan, batches)
 
     def _network(self, pl_module: pl.LightningModule) -> nn.Module:
         return find_network(pl_module, self.network)

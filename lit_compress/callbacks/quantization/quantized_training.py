@@ -7,9 +7,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_compress.callbacks.lightning import tracking
-from lit_compress.callbacks.lightning.network_calls import find_network
 from lit_compress.callbacks.lightning.run_clock import current_moment
 from lit_compress.callbacks.lightning.training_sample import TrainingSample
+from lit_compress.callbacks.lightning.weight_averages import averaged_modules
 from lit_compress.callbacks.pruning.cut_in_fit import rewrap
 from lit_compress.callbacks.quantization.quantizers_in_fit import (
     agree_on_ranges,
@@ -40,7 +40,6 @@ class QuantizedTraining:
         callback: The callback's name, for messages.
         scheme: What is quantized.
         plan: When what happens.
-        network_name: Dotted name of the network in the LightningModule, or ``None``.
         num_calibration_batches: Training batches for the first ranges.
 
     Attributes:
@@ -52,14 +51,13 @@ class QuantizedTraining:
         callback: str,
         scheme: QuantizationScheme,
         plan: QuantizationPlan,
-        network_name: str | None,
         num_calibration_batches: int,
     ) -> None:
         self.scheme = scheme
         self.plan = plan
         self.now = 0
         self._callback = callback
-        self._network_name = network_name
+        self._phase: tuple[object, ...] | None = None
         self._num_batches = num_calibration_batches
         self._calibrated_at: int | None = None
 
@@ -68,47 +66,61 @@ class QuantizedTraining:
         """Whether scales are trained."""
         return self.scheme.weight_ranges == "learned"
 
-    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def prepare(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
+    ) -> None:
         """Give the network calibrated quantizers, which wait for the plan."""
-        network = self._network(pl_module)
         if is_quantized(network):  # by another stage, with other bits
             drop_scales(trainer, network)
             remove_quantization(network)
-        sample = self._sample(trainer, pl_module)
+        sample = self._sample(trainer, pl_module, network)
         scheme = self.scheme.with_per_tensor(clustered_weights(trainer, pl_module, network))
         quantization = give_quantizers(trainer, pl_module, network, scheme, sample.inputs[0].run)
         rank_zero_info(f"{self._callback}: {quantization.placement}")
         quantization.least_weight_bits = self.plan.first_bits
         self.now = current_moment(trainer, pl_module, self.plan.unit)
-        self._calibrate(trainer, pl_module, sample)
+        self._calibrate(trainer, pl_module, network, sample)
         quantization.set_mode(observing=False, quantizing=False)
         train_scales(trainer, network)
         let_scales_learn(network, False)
 
-    def resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resume(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
+    ) -> None:
         """Go on with the quantizers of a checkpoint, before the optimizer's state is restored."""
-        network = self._network(pl_module)
         train_scales(trainer, network)
         let_scales_learn(network, quantized_network(network).quantizing)
         self._rewrap(trainer, pl_module)
 
-    def follow_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def follow_plan(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
+    ) -> None:
         """The mode and the bits of the next step, for the network and the averages of it."""
         self.now = now = current_moment(trainer, pl_module, self.plan.unit)
-        plan, network = self.plan, self._network(pl_module)
+        plan = self.plan
+        averages = list(averaged_modules(trainer))
+        phase = (
+            plan.rounds(now),
+            plan.ranges_frozen(now),
+            plan.least_bits(now),
+            *map(id, averages),
+        )
+        if phase == self._phase:
+            return  # as it was in the step before
+        self._phase = phase
         quantization = quantized_network(network)
-        averages = quantizers_of_averages(trainer, pl_module, network)
+        quantizers = quantizers_of_averages(trainer, pl_module, network)
         before = (quantization.quantizing, quantization.least_weight_bits)
         if plan.least_bits(now) != quantization.least_weight_bits:
             quantization.least_weight_bits = plan.least_bits(now)
             if self.learns:
                 fit_weights(network)  # the best range for fewer bits is a smaller one
-            for average in averages:
+            for average in quantizers:
                 average.load_state_dict(quantization.state_dict())
         begins = plan.rounds(now) and not quantization.quantizing
         if begins and self._calibrated_at != now:
-            self._calibrate(trainer, pl_module, self._sample(trainer, pl_module))
-        for part in (quantization, *averages):
+            self._calibrate(trainer, pl_module, network, self._sample(trainer, pl_module, network))
+        for part in (quantization, *quantizers):
             part.set_mode(observing=not plan.ranges_frozen(now), quantizing=plan.rounds(now))
         if begins:
             let_scales_learn(network, True)
@@ -119,16 +131,18 @@ class QuantizedTraining:
             values["quantization/weight_bits"] = float(after[1])
             tracking.log_metrics(trainer, values)
 
-    def _network(self, pl_module: pl.LightningModule) -> nn.Module:
-        return find_network(pl_module, self._network_name)
-
-    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainingSample:
-        return TrainingSample(trainer, pl_module, self._network(pl_module), self._num_batches)
+    def _sample(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module
+    ) -> TrainingSample:
+        return TrainingSample(trainer, pl_module, network, self._num_batches)
 
     def _calibrate(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, sample: TrainingSample
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        network: nn.Module,
+        sample: TrainingSample,
     ) -> None:
-        network = self._network(pl_module)
         calibrate(network, lambda net, batch: batch.run(net), sample.inputs, "moving_average")
         agree_on_ranges(trainer, quantized_network(network), also_learned=True)
         for average in quantizers_of_averages(trainer, pl_module, network):
