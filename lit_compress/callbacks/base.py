@@ -83,6 +83,12 @@ class CompressionCallback(pl.Callback):
         """What a resumed run has to know, as tensors and plain data; ``None`` before a fit."""
         raise NotImplementedError
 
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what is due between two batches: before the first, and after each.
+
+        After a batch it comes before validation and checkpoints.
+        """
+
     def release(self) -> None:
         """Release the run; called at its end, however it ends, and possibly more than once."""
         self.bindings.release()
@@ -105,6 +111,21 @@ class CompressionCallback(pl.Callback):
             self.bindings.add(restore_loader_states(trainer))
         state, self._restored = self._restored, None
         self.start_or_resume(trainer, pl_module, state)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what is due before the first step, of a resumed run as well."""
+        self.follow(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Do what is due after a batch."""
+        self.follow(trainer, pl_module)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
-from lit_compress.callbacks.lightning.network_calls import name_of_network
-from lit_compress.callbacks.lightning.run_clock import ScheduleClock
-from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks.lightning.weight_averages import averaged_modules
 from lit_compress.callbacks.search.searched import check_no_layers, found_sparsities
-from lit_compress.callbacks.stage_order import Stage, StageSpan
+from lit_compress.callbacks.selected_weights import LAYER_TYPES, SelectedWeightsCallback
+from lit_compress.callbacks.stage_order import Stage
 from lit_compress.compress.layers import (
     LayerType,
-    Selection,
-    check_is_list,
-    plain_name,
-    select_weights,
 )
-from lit_compress.compress.schedules import Ramp, Schedule
+from lit_compress.compress.schedules import Schedule
 from lit_compress.compress.sparsity.masked_weights import MaskedWeights
 from lit_compress.compress.sparsity.patterns import parse_pattern
 from lit_compress.compress.sparsity.target import Allocation, FinalSparsity, SparsityTarget
@@ -37,10 +29,7 @@ from lit_compress.search.settings import CandidateSettings
 __all__ = ["MagnitudeSparsity"]
 
 
-_LAYER_TYPES: tuple[LayerType, ...] = ("conv", "linear", "attention", "recurrent")
-
-
-class MagnitudeSparsity(CompressionCallback):
+class MagnitudeSparsity(SelectedWeightsCallback[MaskedWeights]):
     """Sets the smallest weights to zero, more and more of them, during ``Trainer.fit``.
 
     Gradual magnitude pruning (Zhu & Gupta 2017, section 3): at each update of the schedule the
@@ -91,6 +80,7 @@ class MagnitudeSparsity(CompressionCallback):
         trainer.fit(model, datamodule)
     """
 
+    verb = "mask"
     compression_stage: Stage = "sparsify"
     searched_space: Space = "sparsity"
 
@@ -103,33 +93,20 @@ class MagnitudeSparsity(CompressionCallback):
         pattern: str = "unstructured",
         layers: Sequence[str] | None = None,
         ignored_layers: Sequence[str] | None = None,
-        layer_types: Sequence[LayerType] = _LAYER_TYPES,
+        layer_types: Sequence[LayerType] = LAYER_TYPES,
     ) -> None:
-        super().__init__()
-        self.target = SparsityTarget(
+        target = SparsityTarget(
             final_sparsity, initial_sparsity, allocation, parse_pattern(pattern)
         )
-        self.schedule = schedule
-        for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
-            check_is_list(name, value)
-        if self.target.layers is not None and layers is not None:
-            raise ValueError(
-                "final_sparsity is a mapping and layers is given too; the mapping's keys already "
-                "name the layers. Leave layers out."
-            )
+        super().__init__(
+            schedule, "final_sparsity", target.final, layers, ignored_layers, layer_types
+        )
+        self.target = target
         self._is_searched = self.target.waits_for_search
         if self._is_searched:
-            other_types = None if tuple(layer_types) == _LAYER_TYPES else layer_types
+            other_types = None if tuple(layer_types) == LAYER_TYPES else layer_types
             check_no_layers(layers, ignored_layers, other_types)
-        self.layers = layers if self.target.layers is None else self.target.layers
-        self.ignored_layers = ignored_layers
-        self.layer_types = layer_types
-
-        self.selection: Selection | None = None
-        self._clock = ScheduleClock(schedule, type(self).__name__)
         self._found: SearchResult | None = None
-        self._weights: MaskedWeights | None = None
-        self._masks_steps = False
 
     # --- The run ----------------------------------------------------------------------------------
 
@@ -141,19 +118,10 @@ class MagnitudeSparsity(CompressionCallback):
             known = (state or {}).get("searched")
             final = known or found_sparsities(self._found, pl_module)
             self.target = replace(self.target, final=final)
-        self.selection = select_weights(
-            pl_module,
-            layers=self.layers if self.target.layers is None else self.target.layers,
-            ignored_layers=self.ignored_layers,
-            layer_types=self.layer_types,
-            pattern=self.target.pattern,
-            network=name_of_network(pl_module),
-        )
+        layers = self.layers if self.target.layers is None else self.target.layers
+        chosen = self._choose(pl_module, layers, self.target.pattern)
         rank_zero_info(f"{type(self).__name__}: {self.selection}")
-        named = {plain_name(name): p for name, p in pl_module.named_parameters()}
-        weights = MaskedWeights({n: named[n] for n in self.selection.names}, self.target.pattern)
-        self._weights = weights
-        self._check_own_weights(trainer)
+        self._weights = weights = MaskedWeights(chosen, self.target.pattern)
         if state is None:
             self._clock.start(trainer, "final sparsity")
         else:
@@ -163,11 +131,7 @@ class MagnitudeSparsity(CompressionCallback):
             else:
                 weights.reopen()
                 self._clock.start(trainer, "final sparsity")
-        self._bind(trainer)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The update that is due before the first step, if the schedule begins there."""
-        self._update_if_due(trainer, pl_module)
+        self._hold(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -179,16 +143,23 @@ class MagnitudeSparsity(CompressionCallback):
         if trainer.gradient_clip_val is not None or not pl_module.automatic_optimization:
             self._active_weights.apply_to_gradients()
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Update the masks where the schedule says so, before validation and checkpoints."""
-        self._update_if_due(trainer, pl_module)
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Update the masks where the schedule says so."""
+        weights, point = self._active_weights, self._clock.due(trainer, pl_module)
+        if point is None or weights.is_settled:
+            return
+        ramp = self._clock.active_ramp
+        taken_by = self.selection.taken_by if self.selection else {}
+        scheduled = self.target.scheduled(ramp, point, weights.sizes, taken_by)
+        alone = trainer.world_size == 1
+        agree = None if alone else lambda masks: trainer.strategy.broadcast(masks, src=0)
+        weights.update(scheduled.num_zeros, agree)
+        for average in averaged_modules(trainer):
+            self._keep_average(average)
+        self._clock.last_point = point
+        if point == ramp.end:
+            weights.settle()
+        self._log(trainer, scheduled.sparsity)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the sparsity known to ``ModelCheckpoint`` and the progress bar."""
@@ -210,37 +181,13 @@ class MagnitudeSparsity(CompressionCallback):
                 f"{self.target.final}. Train longer, or end the schedule earlier."
             )
 
-    def release(self) -> None:
-        """Release the optimizers and averages; masks are not applied any more."""
-        super().release()
-        self._masks_steps = False
-
-    def on_channels_cut(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        kept: Mapping[str, Mapping[int, Tensor]],
-    ) -> None:
-        """Cut the masks where ``ChannelPruning`` cut the weights."""
-        if self._weights is not None and self._masks_steps:
-            self._weights.cut(kept)
-
     # --- Checkpoints ------------------------------------------------------------------------------
-
-    @property
-    def state_key(self) -> str:
-        """Tells several of these callbacks in one Trainer apart."""
-        return self._generate_state_key(
-            layers=None if self.layers is None else list(self.layers),
-            ignored_layers=None if self.ignored_layers is None else list(self.ignored_layers),
-            layer_types=list(self.layer_types),
-        )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store +0 for every removed weight: files with one kind of zero compress better."""
-        if self._weights is not None and self._masks_steps:
+        if self._weights is not None and self._holds:
             self._weights.clear()
 
     @property
@@ -286,11 +233,6 @@ class MagnitudeSparsity(CompressionCallback):
         return 0.0 if self._weights is None else self._weights.sparsity()
 
     @property
-    def ramp(self) -> Ramp | None:
-        """The schedule in the moments of this run; ``None`` before the first fit."""
-        return self._clock.ramp
-
-    @property
     def masked_names(self) -> frozenset[str]:
         """Names, in the LightningModule, of the parameters that have masks."""
         return frozenset() if self._weights is None else frozenset(self._weights.parameters)
@@ -299,57 +241,6 @@ class MagnitudeSparsity(CompressionCallback):
     def has_final_masks(self) -> bool:
         """Whether the masks do not change any more."""
         return self._weights is not None and self._weights.is_settled
-
-    def stage_span(self, resolved: bool) -> StageSpan | None:
-        """From the first mask to the last."""
-        return StageSpan.of(self._clock.ramp if resolved else self.schedule)
-
-    @property
-    def _active_weights(self) -> MaskedWeights:
-        assert self._weights is not None, "on_fit_start has not run"
-        return self._weights
-
-    def _check_own_weights(self, trainer: pl.Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, MagnitudeSparsity) and other is not self and other._masks_steps:
-                shared = self._active_weights.parameters.keys() & other._active_weights.parameters
-                if shared:
-                    raise MisconfigurationException(
-                        f"two MagnitudeSparsity callbacks mask {min(shared)!r}; give them disjoint "
-                        "layers."
-                    )
-
-    def _bind(self, trainer: pl.Trainer) -> None:
-        weights = self._active_weights
-        name_of = {id(p): name for name, p in weights.parameters.items()}
-        for optimizer in trainer.optimizers:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            names = [name_of[id(p)] for p in params if id(p) in name_of]
-            handle = optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
-            self.bindings.add(handle)
-        self.bindings.add(AverageWatch(trainer, self._mask_average))
-        self._masks_steps = True
-
-    def _mask_average(self, average: nn.Module) -> None:
-        named = {plain_name(name): p for name, p in average.named_parameters()}
-        self._active_weights.apply_to_copy(named)
-
-    def _update_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights, point = self._active_weights, self._clock.due(trainer, pl_module)
-        if point is None or weights.is_settled:
-            return
-        ramp = self._clock.active_ramp
-        taken_by = self.selection.taken_by if self.selection else {}
-        scheduled = self.target.scheduled(ramp, point, weights.sizes, taken_by)
-        alone = trainer.world_size == 1
-        agree = None if alone else lambda masks: trainer.strategy.broadcast(masks, src=0)
-        weights.update(scheduled.num_zeros, agree)
-        for average in averaged_modules(trainer):
-            self._mask_average(average)
-        self._clock.last_point = point
-        if point == ramp.end:
-            weights.settle()
-        self._log(trainer, scheduled.sparsity)
 
     def _log(self, trainer: pl.Trainer, scheduled: float | dict[str, float]) -> None:
         if not trainer.loggers:

@@ -10,15 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_compress.callbacks.base import CompressionCallback
 from lit_compress.callbacks.lightning import tracking
-from lit_compress.callbacks.lightning.network_calls import name_of_network
-from lit_compress.callbacks.lightning.run_clock import ScheduleClock
-from lit_compress.callbacks.lightning.weight_averages import AverageWatch, averaged_modules
+from lit_compress.callbacks.lightning.weight_averages import averaged_modules
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
+from lit_compress.callbacks.selected_weights import LAYER_TYPES, SelectedWeightsCallback
 from lit_compress.callbacks.stage_order import (
     Stage,
     StageSpan,
@@ -30,16 +28,13 @@ from lit_compress.compress.clustering.kmeans import ClusterInit, check_init, che
 from lit_compress.compress.layers import (
     LayerType,
     Selection,
-    check_is_list,
-    plain_name,
-    select_weights,
 )
-from lit_compress.compress.schedules import Moment, Schedule, Unit, check_moment
+from lit_compress.compress.schedules import Moment, Schedule, Unit, check_moment, check_unit
 
 __all__ = ["WeightClustering"]
 
 
-class WeightClustering(CompressionCallback):
+class WeightClustering(SelectedWeightsCallback[ClusteredWeights]):
     """Replaces the weights of each layer by few distinct values, and trains those values.
 
     At ``begin`` the weights of each tensor are clustered (k-means; Han et al. 2016, "Deep
@@ -95,6 +90,7 @@ class WeightClustering(CompressionCallback):
         trainer.fit(model, datamodule)
     """
 
+    verb = "cluster"
     compression_stage: Stage = "cluster"
 
     def __init__(
@@ -106,36 +102,24 @@ class WeightClustering(CompressionCallback):
         preserve_sparsity: bool = True,
         layers: Sequence[str] | None = None,
         ignored_layers: Sequence[str] | None = None,
-        layer_types: Sequence[LayerType] = ("conv", "linear", "attention", "recurrent"),
+        layer_types: Sequence[LayerType] = LAYER_TYPES,
         unit: Unit = "step",
     ) -> None:
-        super().__init__()
-        self.num_clusters = num_clusters
-        by_layer = _checked_numbers(num_clusters)
+        _check_numbers(num_clusters)
         check_init(init)
+        check_unit(unit)
         check_moment("begin", begin, unit=unit)
         for name, flag in (("trainable", trainable), ("preserve_sparsity", preserve_sparsity)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} is {flag!r}, expected true or false.")
-        for name, value in (("layers", layers), ("ignored_layers", ignored_layers)):
-            check_is_list(name, value)
-        if by_layer is not None and layers is not None:
-            raise ValueError(
-                "num_clusters is a mapping and layers is given too; the mapping's keys already "
-                "name the layers. Leave layers out."
-            )
+        super().__init__(
+            Schedule.at(begin, unit), "num_clusters", num_clusters, layers, ignored_layers,
+            layer_types,
+        )  # fmt: skip
+        self.num_clusters = num_clusters
         self.init = init
-        self.schedule = Schedule.at(begin, unit)
         self.trainable = trainable
         self.preserve_sparsity = preserve_sparsity
-        self.layers = layers if by_layer is None else list(by_layer)
-        self.ignored_layers = ignored_layers
-        self.layer_types = layer_types
-
-        self.selection: Selection | None = None
-        self._weights: ClusteredWeights | None = None
-        self._clock = ScheduleClock(self.schedule, type(self).__name__)
-        self._is_bound = False
         self._was_cut = False
 
     # --- The run ----------------------------------------------------------------------------------
@@ -146,18 +130,11 @@ class WeightClustering(CompressionCallback):
         """Choose the weights, fix the moment, take over a checkpoint's clusters, bind the hooks."""
         if state is None:  # else the run that is resumed may quantize by now
             check_not_quantized(pl_module, self)
-        self.selection = select_weights(
-            pl_module,
-            layers=self.layers,
-            ignored_layers=self.ignored_layers,
-            layer_types=self.layer_types,
-            network=name_of_network(pl_module),
-        )
+        chosen = self._choose(pl_module, self.layers)
         rank_zero_info(f"{type(self).__name__}: {_summary(self.selection)}")
-        named = {plain_name(name): p for name, p in pl_module.named_parameters()}
         self._weights = ClusteredWeights(
-            {name: named[name] for name in self.selection.names},
-            {name: self._number_for(name) for name in self.selection.names},
+            chosen,
+            {name: self._number_for(name) for name in chosen},
             trainable=self.trainable,
             keep_zero=self.preserve_sparsity,
         )
@@ -166,13 +143,13 @@ class WeightClustering(CompressionCallback):
             self._clock.resume(state)
         else:
             self._clock.start(trainer, "clusters")
-        self._bind(trainer)
+        self._hold(trainer)
+        self._was_cut = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Cluster before the first step, if that is when it is due."""
-        self._check_own_weights(trainer)
+        """Refuse masks that are not final in time, then cluster if it is due."""
         self._check_masks(trainer)
-        self._cluster_if_due(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -180,16 +157,26 @@ class WeightClustering(CompressionCallback):
         """Give the members of a cluster one gradient, before it is clipped."""
         self._active_weights.tie_gradients(self._names_in(optimizer))
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Cluster when it is due, before validation and checkpoints."""
-        self._cluster_if_due(trainer, pl_module)
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cluster the weights when it is due."""
+        weights = self._active_weights
+        if weights.is_clustered:
+            if self._was_cut:  # a reconstruction gave the layers around a cut new weights
+                weights.apply()
+                self._was_cut = False
+            return
+        if self._clock.due(trainer, pl_module) is None:
+            return
+        agree = None if trainer.world_size == 1 else partial(_rank_zero_decides, trainer)
+        error = weights.cluster(self.init, agree=agree)
+        self._clock.last_point = self._clock.active_ramp.end
+        for average in averaged_modules(trainer):
+            self._keep_average(average)
+        metrics = {"clustering/relative_error": error.relative}
+        for name, inertia in error.inertia.items():
+            metrics[f"clustering/inertia/{name}"] = inertia
+            metrics[f"clustering/clusters/{name}"] = float(len(weights.clusters[name].centroids))
+        tracking.log_metrics(trainer, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave clustered weights, and say so if the run ended before there were any."""
@@ -201,32 +188,17 @@ class WeightClustering(CompressionCallback):
                 "weights are clustered; they are not. Train longer, or begin earlier."
             )
 
-    def release(self) -> None:
-        """Release optimizers and averages; clusters are not applied any more."""
-        super().release()
-        self._is_bound = False
-
     def on_channels_cut(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         kept: Mapping[str, Mapping[int, Tensor]],
     ) -> None:
-        """Cut the clusters where ``ChannelPruning`` cut the weights."""
-        if self._weights is not None and self._is_bound:
-            self._weights.cut(kept)
-            self._was_cut = True
+        """Cut the clusters, and apply them once more when the layers around the cut are done."""
+        super().on_channels_cut(trainer, pl_module, kept)
+        self._was_cut = True
 
     # --- Checkpoints ------------------------------------------------------------------------------
-
-    @property
-    def state_key(self) -> str:
-        """Tells several of these callbacks in one Trainer apart."""
-        return self._generate_state_key(
-            layers=None if self.layers is None else list(self.layers),
-            ignored_layers=None if self.ignored_layers is None else list(self.ignored_layers),
-            layer_types=list(self.layer_types),
-        )
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -256,15 +228,6 @@ class WeightClustering(CompressionCallback):
         """Centroids and indices of each clustered parameter, by name."""
         return {} if self._weights is None else dict(self._weights.clusters)
 
-    def stage_span(self, resolved: bool) -> StageSpan | None:
-        """The moment at which the weights are clustered."""
-        return StageSpan.of(self._clock.ramp if resolved else self.schedule)
-
-    @property
-    def _active_weights(self) -> ClusteredWeights:
-        assert self._weights is not None, "on_fit_start has not run"
-        return self._weights
-
     # --- Details ----------------------------------------------------------------------------------
 
     def _number_for(self, name: str) -> int:
@@ -273,16 +236,6 @@ class WeightClustering(CompressionCallback):
             return self.num_clusters
         assert self.selection is not None, "on_fit_start has chosen the layers"
         return self.num_clusters[self.selection.taken_by[name]]
-
-    def _check_own_weights(self, trainer: pl.Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, WeightClustering) and other is not self:
-                shared = self._active_weights.parameters.keys() & other._active_weights.parameters
-                if shared:
-                    raise MisconfigurationException(
-                        f"two WeightClustering callbacks cluster {min(shared)!r}; give them "
-                        "disjoint layers."
-                    )
 
     def _check_masks(self, trainer: pl.Trainer) -> None:
         """Refuse masks that change after the weights were clustered, or would be filled by it."""
@@ -316,58 +269,19 @@ class WeightClustering(CompressionCallback):
                 "earlier."
             )
 
-    def _bind(self, trainer: pl.Trainer) -> None:
-        weights = self._active_weights
-        for optimizer in trainer.optimizers:
-            names = self._names_in(optimizer)
-            self.bindings.add(
-                optimizer.register_step_post_hook(lambda *_, names=names: weights.apply(names))
-            )
-        self.bindings.add(AverageWatch(trainer, self._tie_average))
-        self._is_bound, self._was_cut = True, False
 
-    def _names_in(self, optimizer: Optimizer) -> list[str]:
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [n for n, p in self._active_weights.parameters.items() if id(p) in own]
-
-    def _tie_average(self, average: nn.Module) -> None:
-        named = {plain_name(name): p for name, p in average.named_parameters()}
-        self._active_weights.apply_to_copy(named)
-
-    def _cluster_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        weights = self._active_weights
-        if weights.is_clustered:
-            if self._was_cut:  # a reconstruction gave the layers around a cut new weights
-                weights.apply()
-                self._was_cut = False
-            return
-        if self._clock.due(trainer, pl_module) is None:
-            return
-        agree = None if trainer.world_size == 1 else partial(_rank_zero_decides, trainer)
-        error = weights.cluster(self.init, agree=agree)
-        self._clock.last_point = self._clock.active_ramp.end
-        for average in averaged_modules(trainer):
-            self._tie_average(average)
-        metrics = {"clustering/relative_error": error.relative}
-        for name, inertia in error.inertia.items():
-            metrics[f"clustering/inertia/{name}"] = inertia
-            metrics[f"clustering/clusters/{name}"] = float(len(weights.clusters[name].centroids))
-        tracking.log_metrics(trainer, metrics)
-
-
-def _checked_numbers(num_clusters: int | dict[str, int]) -> dict[str, int] | None:
-    """The numbers by layer, or ``None`` where all layers have the same."""
+def _check_numbers(num_clusters: int | dict[str, int]) -> None:
     if not isinstance(num_clusters, dict):
         check_num_clusters("num_clusters", num_clusters)
-        return None
+        return
     if not num_clusters:
         raise ValueError("num_clusters is an empty mapping, expected a number for some layer.")
     for glob, number in num_clusters.items():
         check_num_clusters(f"num_clusters[{glob!r}]", number)
-    return num_clusters
 
 
-def _summary(selection: Selection) -> str:
+def _summary(selection: Selection | None) -> str:
+    assert selection is not None, "_choose made it"
     lines = [f"{len(selection.names)} weights are clustered."]
     if selection.skipped:
         lines.append("Skipped:")

@@ -183,16 +183,6 @@ class Distillation(CompressionCallback):
             self._begin(trainer, pl_module)
         self._step.install()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin where a resumed run is past the beginning."""
-        self._begin_if_due(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Begin when ``begin`` is reached, before other callbacks change the weights."""
-        self._begin_if_due(trainer, pl_module)
-
     def on_before_backward(self, *_: Any) -> None:
         """Nothing: the distilled step says which of its losses is NaN."""
 
@@ -282,7 +272,8 @@ class Distillation(CompressionCallback):
         teacher.check_shared_parameters(pl_module)
         self._teachers = [teacher]
 
-    def _begin_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin when it is due, before other callbacks change the weights."""
         assert self._step is not None
         now = self._clock.now(trainer, pl_module)
         if self._step.teacher is None and now >= self._clock.active_ramp.begin:

@@ -186,10 +186,6 @@ class ChannelPruning(CompressionCallback):
         way = ChannelWay(trainer, network, self._training, self.goal, self.importance)
         self._progress = way.begin(self.spread, self.ignored_layers)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The cut that is due before the first step, if there is one."""
-        self._cut_if_due(trainer, pl_module)
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -206,17 +202,6 @@ class ChannelPruning(CompressionCallback):
             self._next_keep = self._choose(trainer, pl_module, cut)
         groups, kind, network = self._way.now, self.penalty.kind, find_uncompiled_network(pl_module)
         apply_penalty(trainer, optimizer, network, groups, self._next_keep, strength, kind)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Cut where the schedule says so, before validation and checkpoints."""
-        self._cut_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the run ended before the schedule did."""
@@ -325,7 +310,8 @@ class ChannelPruning(CompressionCallback):
 
     # --- The cuts ---------------------------------------------------------------------------------
 
-    def _cut_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cut where the schedule says so."""
         point = self._clock.due(trainer, pl_module)
         if point is None:
             return

@@ -215,6 +215,10 @@ class QuantizationAwareTraining(CompressionCallback):
             SteadyScales(trainer, network),
             AverageWatch(trainer, lambda average: follow_in_average(pl_module, network, average)),
         )
+        super().on_train_start(trainer, pl_module)
+
+    def follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The mode of the next step."""
         self._active.follow_plan(trainer, pl_module, self._trained)
 
     def on_train_batch_start(
@@ -230,20 +234,15 @@ class QuantizationAwareTraining(CompressionCallback):
             self._frozen.hold(self._trained)
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """The mode of the next step, before validation and checkpoints."""
+        """Agree on the ranges that processes observed; then the mode of the next step."""
         if self._calls is not None:
             self._calls.num_steps += 1
         quantization = quantized_network(self._trained)
         if quantization.observing:
             agree_on_ranges(trainer, quantization)
-        self._active.follow_plan(trainer, pl_module, self._trained)
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if training does not reach what was quantized."""
