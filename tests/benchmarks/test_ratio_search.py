@@ -245,8 +245,8 @@ def test_arms_of_tuning_differ_in_the_plan_only():
     settings = training.Settings()
     search = made_up(runs.channel_searches()[3])
     searched, uniform = training.tunings()[:2]
-    theirs = vars(training.pruning_callback(searched, settings, search))
-    ours = vars(training.pruning_callback(uniform, settings, None))
+    theirs = training.pruning_callback(searched, settings, search).declared
+    ours = training.pruning_callback(uniform, settings, None).declared
     assert {name for name, value in theirs.items() if value != ours[name]} == {"goal"}
     assert theirs["goal"].plan.kept == {"conv1": 8, "conv2": 32}
     assert theirs["goal"].target_macs_ratio is None
