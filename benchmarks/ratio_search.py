@@ -81,9 +81,9 @@ def add(point: Point, result: dict[str, Any], settings: Settings, path: Path = R
     with _locked(path):
         results = read_results(path) if path.exists() else empty(settings)
         others = [old for old in results[KINDS[type(point)]] if not is_of(old, point)]
-        others.append(result)
+        others.append(result | {"machine": machine()})
         others.sort(key=lambda one: [str(one[name]) for name in vars(point)])
-        results |= {KINDS[type(point)]: others, "machine": machine()}
+        results[KINDS[type(point)]] = others
         part = path.with_suffix(".part")
         part.write_text(as_json(results))
         os.replace(part, path)

@@ -7,7 +7,9 @@ Methods of a search:
   a race gives up those that are far behind: what the others are compared with;
 - ``random``, ``sensitivity``: random shapes, and ratios derived from what each group alone does to
   the score, each as large as the budget allows;
-- ``agent alone``: the agent as in AMC, without heuristics and without trying around the best.
+- ``agent alone``: the agent as in AMC, without heuristics and without trying around the best;
+- ``tries alone``: ``ddpg`` without the agent: heuristics, random choices, then only tries
+  around the best.
 """
 
 from __future__ import annotations
@@ -26,14 +28,19 @@ from sparsity_distillation import quiet_trainer
 from lit_compress.callbacks.search.ratio_search import RatioSearch
 from lit_compress.search.problem import RatioProblem
 from lit_compress.search.search_result import Episode, SearchResult
-from lit_compress.search.searchers import DDPGSearcher, Searcher
+from lit_compress.search.searchers import DDPGSearcher, Proposal, Searcher
 from lit_compress.search.settings import CandidateSettings, ScoringSettings
 from lit_compress.tasks import CIFAR10JPEGDataModule, ImageClassifier
 
 NUM_RULES = 43  # uniform, and 21 each of shallow and deep
 NO_RACE = ("rules", "sensitivity")
-ABLATIONS = ("random", "sensitivity", "agent alone")
-"""Of MobileNet-v1 at half of the MACs, seed 1."""
+ABLATIONS = (
+    ("random", 1),
+    ("sensitivity", 1),
+    ("agent alone", 1),
+    *(("tries alone", seed) for seed in SEEDS),
+)
+"""Methods and seeds, of MobileNet-v1 at half of the MACs."""
 WEIGHTS = {
     "mobilenet_v1": "mobilenetv1-0.5-cifar10-jpeg",
     "plain20": "plain20-cifar10-jpeg",
@@ -79,7 +86,7 @@ def channel_searches() -> list[Search]:
     return [
         *(Search(model, "channels", target, "rules", 1) for model, target in CASES),
         *(Search(m, "channels", t, "ddpg", seed) for seed in SEEDS for m, t in CASES),
-        *(Search(CASES[0][0], "channels", CASES[0][1], method, 1) for method in ABLATIONS),
+        *(Search(CASES[0][0], "channels", CASES[0][1], *ablation) for ablation in ABLATIONS),
     ]
 
 
@@ -108,19 +115,31 @@ class AgentAlone(RatioSearch):
         return DDPGSearcher(problem, settings, self.seed, elite_share=0.0)
 
 
+class TriesAlone(RatioSearch):
+    """The search as it comes, but no episode is the agent's, which has too few steps to learn."""
+
+    def _make_searcher(self, problem: RatioProblem, rules: list[Proposal], *_: Any) -> DDPGSearcher:
+        starts = min(self.agent.learning_starts, self.num_episodes // 3)
+        never = self.num_episodes * len(problem.decisions) + 1
+        settings = replace(self.agent, learning_starts=starts, batch_size=never, buffer_size=never)
+        return DDPGSearcher(problem, settings, self.seed, rules[: max(starts, 1)], elite_share=1.0)
+
+
+ALONE = {"agent alone": AgentAlone, "tries alone": TriesAlone}
+
+
 def callback(point: Search, settings: Settings, folder: str) -> RatioSearch:
     """The callback under test; it writes its files to ``folder``."""
-    alone = point.method == "agent alone"
     in_channels = point.space == "channels"
     num_episodes = settings.num_episodes if in_channels else settings.num_sparsity_episodes
-    return (AgentAlone if alone else RatioSearch)(
+    return ALONE.get(point.method, RatioSearch)(
         point.space,  # type: ignore[arg-type]
         target_macs_ratio=point.target if in_channels else None,
         final_sparsity=None if in_channels else point.target,
         metric="val_top1",
         mode="max",
         num_episodes=NUM_RULES if point.method == "rules" else num_episodes,
-        searcher="ddpg" if alone else point.method,  # type: ignore[arg-type]
+        searcher="ddpg" if point.method in ALONE else point.method,  # type: ignore[arg-type]
         candidates=CandidateSettings(round_to=settings.round_to.get(point.model, 1)),
         scoring=ScoringSettings(
             split="val",

@@ -33,6 +33,7 @@ OTHERS = {
     "random": "random search",
     "sensitivity": "ratios derived from sensitivities",
     "agent alone": "DDPG without heuristics and without tries around the best",
+    "tries alone": "heuristics and tries around the best without DDPG",
 }
 
 
@@ -100,7 +101,7 @@ then changed for a higher reward, not for them. Top-1 in percent; {num_sparse} o
 ### What won and what did not
 
 {verdict_list(results)}
-
+{agent_worth(results)}
 ### Bars
 
 {bar_table(bars(results))}
@@ -126,9 +127,9 @@ def search_table(results: dict[str, Any]) -> str:
             name = rule if rule == "uniform" else f"best {rule}"
             lines.append(f"{case} {name} | {best['score']:.4f} | {best['cost_ratio']:.3f} | |")
         for method, name in OTHERS.items():
-            other = channel_search(results, model, target, method, 1)
-            if other is not None:
-                lines.append(f"{case} {name}, seed 1 {_cells([other])}")
+            others = _whole(results, searches_of(results, model, target, method))
+            if others:
+                lines.append(f"{case} {name}, {_seeds(others)} {_cells(others)}")
         if found:
             lines.append(f"{case} **searched**, {len(found)} seeds {_cells(found)}")
     return "\n".join(lines)
@@ -215,6 +216,40 @@ def verdict_list(results: dict[str, Any]) -> str:
     return "\n".join(f"- {sentence}" for sentence in found)
 
 
+def agent_worth(results: dict[str, Any]) -> str:
+    """The search with and without its agent, seed by seed, after equally many episodes."""
+    model, target = CASES[0]
+    pairs = [
+        (search, alone)
+        for search in searches_of(results, model, target)
+        for alone in searches_of(results, model, target, "tries alone")
+        if search["seed"] == alone["seed"]
+    ]
+    if not pairs:
+        return ""
+    length = min(alone["num_episodes"] for _, alone in pairs)
+    with_agent, without = (
+        [max(r for r in one["rewards"][:length] if r is not None) for one in arm]
+        for arm in zip(*pairs, strict=True)
+    )
+    by_seed = "; ".join(
+        f"seed {search['seed']}: {ours:.4f} and {theirs:.4f}"
+        for (search, _), ours, theirs in zip(pairs, with_agent, without, strict=True)
+    )
+    started = pairs[0][1].get("started_from", 0)
+    return f"""
+What the agent is worth beside tries around the best: {_case(model, target)}, the best reward of the
+first {length} episodes is {spread(with_agent, 4)} with the agent and {spread(without, 4)} without
+it, on the mean of {len(pairs)} seeds ({by_seed}). The first {started} episodes, heuristics and
+random choices, are the same in both and were scored once, so that this compares {length - started}
+episodes a seed, of {pairs[0][0]["num_episodes"] - started} that a whole search has. The search went
+on to {spread([search["best_score"] for search, _ in pairs], 4)}, in episodes
+{_listed([search["best_episode"] for search, _ in pairs])}; whether tries alone would have is not
+measured. Those without the agent were scored on another machine
+({pairs[0][1]["machine"]["processor"]}).
+"""
+
+
 def _search_verdicts(results: dict[str, Any]) -> list[str]:
     sentences = []
     for model, target in CASES:
@@ -229,11 +264,13 @@ def _search_verdicts(results: dict[str, Any]) -> list[str]:
     model, target = CASES[0]
     searched = [search["best_score"] for search in searches_of(results, model, target)]
     for method, name in OTHERS.items():
-        other = channel_search(results, model, target, method, 1)
-        if other is not None and searched:
-            name = f"{name} ({other['best_score']:.4f}, one seed)"
-            one = [other["best_score"]]
-            sentences.append(_verdict(_case(model, target), "the search", searched, name, one, 4))
+        found = _whole(results, searches_of(results, model, target, method))
+        others = [one["best_score"] for one in found]
+        if others and searched:
+            name = f"{name} ({spread(others, 4)}{', one seed' if len(others) == 1 else ''})"
+            sentences.append(
+                _verdict(_case(model, target), "the search", searched, name, others, 4)
+            )
     return sentences
 
 
@@ -293,10 +330,22 @@ def bar_table(found: Sequence[Bar]) -> str:
     return "\n".join(lines)
 
 
-def searches_of(results: dict[str, Any], model: str, target: float) -> list[dict[str, Any]]:
-    """The study's own searches of a case, by seed."""
-    found = (channel_search(results, model, target, "ddpg", seed) for seed in SEEDS)
+def searches_of(
+    results: dict[str, Any], model: str, target: float, method: str = "ddpg"
+) -> list[dict[str, Any]]:
+    """The searches of a case, by seed; the study's own ones unless told otherwise."""
+    found = (channel_search(results, model, target, method, seed) for seed in SEEDS)
     return [search for search in found if search is not None]
+
+
+def _whole(results: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that were not cut short: others do not compare with whole searches."""
+    whole = results["settings"]["search"]["num_episodes"]
+    return [search for search in found if search["num_episodes"] == whole]
+
+
+def _seeds(found: Sequence[dict[str, Any]]) -> str:
+    return f"{len(found)} seeds" if len(found) > 1 else f"seed {found[0]['seed']}"
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
