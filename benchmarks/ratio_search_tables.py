@@ -265,11 +265,11 @@ def _search_verdicts(results: dict[str, Any]) -> list[str]:
     searched = [search["best_score"] for search in searches_of(results, model, target)]
     for method, name in OTHERS.items():
         found = _whole(results, searches_of(results, model, target, method))
-        others = [one["best_score"] for one in found]
-        if others and searched:
-            name = f"{name} ({spread(others, 4)}{', one seed' if len(others) == 1 else ''})"
+        theirs = [one["best_score"] for one in found]
+        if theirs and searched:
+            name = f"{name} ({spread(theirs, 4)}{', one seed' if len(theirs) == 1 else ''})"
             sentences.append(
-                _verdict(_case(model, target), "the search", searched, name, others, 4)
+                _verdict(_case(model, target), "the search", searched, name, theirs, 4)
             )
     return sentences
 
@@ -291,10 +291,10 @@ def _training_verdicts(results: dict[str, Any]) -> list[str]:
             for densities in ("searched", "uniform", "global")
         )
         case = f"ResNet-20 at {100 * level:g} % zeros, trained with distillation"
-        for name, others in (("uniform", uniform), ("global", ranked)):
-            if searched and others:
-                name = f"{name} ({spread(others)})"
-                sentences.append(_verdict(case, "what was searched", searched, name, others, 2))
+        for name, theirs in (("uniform", uniform), ("global", ranked)):
+            if searched and theirs:
+                name = f"{name} ({spread(theirs)})"
+                sentences.append(_verdict(case, "what was searched", searched, name, theirs, 2))
     return sentences
 
 
@@ -307,12 +307,12 @@ def _verdict(
     ours: str,
     values: Sequence[float],
     theirs: str,
-    others: Sequence[float],
+    theirs: Sequence[float],
     digits: int,
 ) -> str:
     """Ahead, behind, or no further apart than seeds are."""
-    difference = mean(values) - mean(others)
-    deviations = [stdev(v) if len(v) > 1 else 0.0 for v in (values, others)]
+    difference = mean(values) - mean(theirs)
+    deviations = [stdev(v) if len(v) > 1 else 0.0 for v in (values, theirs)]
     what = f"{case}: {ours} ({spread(values, digits)})"
     if abs(difference) <= math.hypot(*deviations):
         return f"{what} is no further from {theirs} than seeds are from each other."
@@ -339,7 +339,7 @@ def searches_of(
 
 
 def _whole(results: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were not cut short: others do not compare with whole searches."""
+    """Those that were not cut short: theirs do not compare with whole searches."""
     whole = results["settings"]["search"]["num_episodes"]
     return [search for search in found if search["num_episodes"] == whole]
 
