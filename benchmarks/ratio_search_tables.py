@@ -291,10 +291,10 @@ def _training_verdicts(results: dict[str, Any]) -> list[str]:
             for densities in ("searched", "uniform", "global")
         )
         case = f"ResNet-20 at {100 * level:g} % zeros, trained with distillation"
-        for name, theirs in (("uniform", uniform), ("global", ranked)):
-            if searched and theirs:
-                name = f"{name} ({spread(theirs)})"
-                sentences.append(_verdict(case, "what was searched", searched, name, theirs, 2))
+        for name, others in (("uniform", uniform), ("global", ranked)):
+            if searched and others:
+                name = f"{name} ({spread(others)})"
+                sentences.append(_verdict(case, "what was searched", searched, name, others, 2))
     return sentences
 
 
@@ -307,12 +307,12 @@ def _verdict(
     ours: str,
     values: Sequence[float],
     theirs: str,
-    theirs: Sequence[float],
+    others: Sequence[float],
     digits: int,
 ) -> str:
     """Ahead, behind, or no further apart than seeds are."""
-    difference = mean(values) - mean(theirs)
-    deviations = [stdev(v) if len(v) > 1 else 0.0 for v in (values, theirs)]
+    difference = mean(values) - mean(others)
+    deviations = [stdev(v) if len(v) > 1 else 0.0 for v in (values, others)]
     what = f"{case}: {ours} ({spread(values, digits)})"
     if abs(difference) <= math.hypot(*deviations):
         return f"{what} is no further from {theirs} than seeds are from each other."
@@ -339,7 +339,7 @@ def searches_of(
 
 
 def _whole(results: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that were not cut short: theirs do not compare with whole searches."""
+    """Those that were not cut short: others do not compare with whole searches."""
     whole = results["settings"]["search"]["num_episodes"]
     return [search for search in found if search["num_episodes"] == whole]
 
