@@ -244,9 +244,10 @@ it, on the mean of {len(pairs)} seeds ({by_seed}). The first {started} episodes,
 random choices, are the same in both and were scored once, so that this compares {length - started}
 episodes a seed, of {pairs[0][0]["num_episodes"] - started} that a whole search has. The search went
 on to {spread([search["best_score"] for search, _ in pairs], 4)}, in episodes
-{_listed([search["best_episode"] for search, _ in pairs])}; whether tries alone would have is not
-measured. Those without the agent were scored on another machine
-({pairs[0][1]["machine"]["processor"]}).
+{_listed([search["best_episode"] for search, _ in pairs])}. Without the agent the best were
+{", ".join(f"{alone['best_score']:.4f}" for _, alone in pairs)} when the runs were cut, after
+{_listed([alone["num_episodes"] for _, alone in pairs])} episodes; what they would have come to is
+not measured. They were scored on another machine ({pairs[0][1]["machine"]["processor"]}).
 """
 
 
