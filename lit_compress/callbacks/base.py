@@ -169,7 +169,11 @@ class CompressionCallback(pl.Callback):
             warn: Whether that message is a warning.
         """
         saved = state.get("declared")
-        if not isinstance(saved, dict):  # of before there was a release: words, nothing to compare
+        if not isinstance(saved, dict):
+            rank_zero_info(
+                f"{type(self).__name__}: the checkpoint is of an earlier version, which did not "
+                "keep arguments that can be compared; it is taken for one of this very run."
+            )
             return True
         parameters = inspect.signature(type(self)).parameters
         found = differences(saved, self.declared, {n: p.default for n, p in parameters.items()})

@@ -202,13 +202,14 @@ def _scored(
 def _float_metrics(subject: Subject) -> dict[str, float]:
     """The metrics of the network without rounding."""
     quantizations = [quantized_network(m) for m in subject.network.modules() if is_quantized(m)]
+    modes = [(one.observing, one.quantizing) for one in quantizations]
     for quantization in quantizations:
         quantization.set_mode(observing=False, quantizing=False)
     try:
         return dict(subject.validate())
     finally:
-        for quantization in quantizations:
-            quantization.set_mode(observing=False, quantizing=True)
+        for quantization, (observing, quantizing) in zip(quantizations, modes, strict=True):
+            quantization.set_mode(observing=observing, quantizing=quantizing)
 
 
 class _FileInstead:

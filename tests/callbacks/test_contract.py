@@ -125,7 +125,9 @@ def test_validation_before_the_fit_changes_nothing(whole, tmp_path):
     "settings", [{"fast_dev_run": 2}, {"overfit_batches": 2}, {"limit_train_batches": 3}]
 )
 def test_short_runs_end(whole, settings, tmp_path):
-    fit(*CHAINS[whole[0]](), folder=tmp_path, max_epochs=STEPS, **settings)
+    trained = fit(*CHAINS[whole[0]](), folder=tmp_path, max_epochs=STEPS, **settings)
+    assert all(bool(p.isfinite().all()) for p in trained.parameters())
+    assert hooks(trained) == hooks(module())
 
 
 def test_copies_in_mid_fit_are_free_of_the_run(whole, tmp_path):
