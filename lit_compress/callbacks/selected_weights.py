@@ -149,7 +149,9 @@ class SelectedWeightsCallback(CompressionCallback, Generic[KeptT]):
             pattern=pattern,
             network=name_of_network(pl_module),
         )
-        named = {plain_name(name): p for name, p in pl_module.named_parameters()}
+        # Under all of its names: a tied weight may be chosen by another one than its first.
+        every = pl_module.named_parameters(remove_duplicate=False)
+        named = {plain_name(name): p for name, p in every}
         return {name: named[name] for name in self.selection.names}
 
     def _hold(self, trainer: pl.Trainer) -> None:
@@ -176,5 +178,6 @@ class SelectedWeightsCallback(CompressionCallback, Generic[KeptT]):
         return [n for n, p in self._active_weights.parameters.items() if id(p) in own]
 
     def _keep_average(self, average: nn.Module) -> None:
-        named = {plain_name(name): p for name, p in average.named_parameters()}
+        every = average.named_parameters(remove_duplicate=False)
+        named = {plain_name(name): p for name, p in every}
         self._active_weights.apply_to_copy(named)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 from lit_compress.callbacks.magnitude_sparsity import MagnitudeSparsity
 from lit_compress.callbacks.pruning.channel_pruning import ChannelPruning
@@ -551,3 +552,18 @@ def test_sharded_strategies_are_refused(monkeypatch):
     )
     with pytest.raises(MisconfigurationException, match="FSDPStrategy shards them; use strategy="):
         WeightClustering(6).setup(runner, Net(), "fit")
+
+
+def test_a_tied_weight_is_clustered_under_the_name_that_was_chosen():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.model[8] = nn.Linear(64, 4, bias=False)
+            self.model.insert(0, nn.Identity())
+            self.model[0].table = nn.Embedding(4, 64)
+            self.model[9].weight = self.model[0].table.weight
+
+    module, callback = Tied(), WeightClustering(3)
+    fit(callback, module=module)
+    assert "model.9.weight" in callback.clustered_names
+    assert len(torch.unique(module.model[0].table.weight)) <= 3
